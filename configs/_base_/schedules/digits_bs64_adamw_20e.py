@@ -1,0 +1,38 @@
+_base_ = './no_decay.py'
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(
+        type='AdamW',
+        lr=2e-3,
+        weight_decay=0.05,
+        eps=1e-8,
+        betas=(0.9, 0.999),
+    ),
+    clip_grad=dict(max_norm=1.0),
+)
+
+param_scheduler = [
+    dict(
+        type='LinearLR',
+        start_factor=1e-2,
+        by_epoch=True,
+        begin=0,
+        end=2,
+        convert_to_iter_based=True,
+    ),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=2e-5,
+        by_epoch=True,
+        begin=2,
+        convert_to_iter_based=True,
+    ),
+]
+
+train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+
+# `--auto-scale-lr` scales the learning rate from this total batch size
+auto_scale_lr = dict(base_batch_size=64)

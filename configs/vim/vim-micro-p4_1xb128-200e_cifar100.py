@@ -1,0 +1,10 @@
+# A small model for 32 x 32 images, from scratch. Accuracy not measured.
+_base_ = [
+    '../_base_/models/vim_micro_p4.py',
+    '../_base_/datasets/cifar100_bs128.py',
+    '../_base_/schedules/cifar_bs128_adamw_200e.py',
+    '../_base_/default_runtime.py',
+]
+
+model = dict(head=dict(num_classes=100))
+default_hooks = dict(checkpoint=dict(interval=5, save_best='auto'))

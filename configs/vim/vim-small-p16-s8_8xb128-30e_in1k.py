@@ -1,0 +1,18 @@
+# Fine-tuning with overlapping patches (stride 8, 27 x 27 of them), published
+# as Vim-small+. Set `load_from` to a checkpoint of `vim-small-p16_8xb64_in1k`:
+# the position embedding is resized when it is loaded.
+_base_ = './vim-small-p16_8xb64_in1k.py'
+
+model = dict(backbone=dict(patch_stride=8, drop_path_rate=0.0))
+
+optim_wrapper = dict(
+    optimizer=dict(lr=5e-6 * 1024 / 512, weight_decay=1e-8),
+)
+# start, end and peak of the published schedule are all 1e-5: constant
+param_scheduler = []
+train_cfg = dict(max_epochs=30)
+
+load_from = None
+
+train_dataloader = dict(batch_size=128)
+auto_scale_lr = dict(base_batch_size=1024)

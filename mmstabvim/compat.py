@@ -1,0 +1,317 @@
+"""Shims that today's OpenMMLab stack needs, each with its end.
+
+``import mmstabvim`` calls :func:`install`. Each shim does nothing where it
+is not needed, and can go when its note says so. Checkpoints are read by
+:mod:`mmstabvim.checkpoint`; here it is put into mmengine's loading paths.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, NoReturn
+from urllib.parse import urlparse
+
+import torch
+from mmengine.config import utils as config_utils
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.runner import FlexibleRunner, Runner
+from mmengine.runner import checkpoint as mmengine_checkpoint
+
+from mmstabvim.checkpoint import (
+    load_checkpoint_tensors,
+    load_everything,
+    load_tensors,
+)
+
+__all__ = [
+    'CPUAmpOptimWrapper',
+    'add_config_package',
+    'install',
+    'load_checkpoint_tensors',
+    'load_checkpoints_safely',
+    'prepare_cpu_distributed',
+    'register_cpu_amp',
+    'stub_mmcv_ext',
+]
+
+
+def install() -> None:
+    """Install every shim that acts by itself; more than once does no harm."""
+    stub_mmcv_ext()
+    load_checkpoints_safely()
+    register_cpu_amp()
+    add_config_package()
+
+
+# --- mmcv-lite --------------------------------------------------------------
+
+
+def stub_mmcv_ext() -> None:
+    """Let ``mmcv.ops`` be imported where mmcv has no compiled part.
+
+    ``mmseg.models`` imports it. Needed with mmcv-lite 2.1.0 and mmseg 1.2.2;
+    ends when mmseg imports without ``mmcv.ops``. Full mmcv is not touched.
+    """
+    mmcv = importlib.util.find_spec('mmcv')
+    if 'mmcv._ext' in sys.modules or mmcv is None:
+        return
+    folders = mmcv.submodule_search_locations
+    if PathFinder.find_spec('mmcv._ext', folders) is None:
+        sys.modules['mmcv._ext'] = _make_stub()
+
+
+def _make_stub() -> ModuleType:
+    """Make a module in which every name is a function that raises."""
+    stub = ModuleType('mmcv._ext', 'Stands for the compiled part of mmcv.')
+    # Without a loader mmcv's own check says that there are no ops.
+    stub.__spec__ = ModuleSpec('mmcv._ext', None)
+    stub.__getattr__ = _missing_op  # type: ignore[method-assign]
+    # No ops, but asked for when mmcv lists its environment.
+    for name in ('get_compiler_version', 'get_compiling_cuda_version'):
+        setattr(stub, name, lambda: 'n/a')
+    return stub
+
+
+def _missing_op(name: str) -> Callable:
+    """Return a function that raises for the op ``name``."""
+    if name.startswith('__'):
+        raise AttributeError(f"module 'mmcv._ext' has no attribute {name!r}")
+
+    def missing_op(*_args: Any, **_kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f'the mmcv op {name!r} is compiled and mmcv-lite does not have '
+            'it: uninstall `mmcv-lite` and install full `mmcv`'
+        )
+
+    return missing_op
+
+
+# --- checkpoints ------------------------------------------------------------
+
+_full_load: ContextVar[bool] = ContextVar('full_load', default=False)
+"""True between the start of a resume and the load of its file."""
+
+
+def load_checkpoints_safely() -> None:
+    """Make mmengine load tensors only, except to resume one's own run.
+
+    mmengine 0.10.7 calls ``torch.load`` with PyTorch's default (up to 2.5 it
+    runs code, from 2.6 it fails on mmengine's own files), 0.11.0rc3 always
+    with ``weights_only=False``, both ``load_url`` likewise. Ends when
+    mmengine loads ``load_from`` and ``init_cfg`` with ``weights_only=True``.
+    """
+    if isinstance(mmengine_checkpoint.torch, _SafeTorch):
+        return
+    mmengine_checkpoint.torch = _SafeTorch()
+    mmengine_checkpoint.load_url = _load_url
+    for cls in (Runner, FlexibleRunner):
+        cls.resume = _with_full_load(cls.resume)
+
+
+class _SafeTorch:
+    """What mmengine's checkpoint module sees as ``torch``."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass on everything except ``load``."""
+        return getattr(torch, name)
+
+    @staticmethod
+    def load(
+        f: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> Any:
+        """Load tensors only; in a resume, everything.
+
+        ``weights_only`` is ignored: mmengine 0.11 sets it to False whatever
+        the file's origin.
+        """
+        if not _full_load.get():
+            return load_tensors(f, map_location)
+        # Only the resumed file itself is trusted, not one that a hook loads.
+        _full_load.set(False)
+        print_log(
+            'Resume: the checkpoint is loaded in full (weights_only=False), '
+            'which can run code in it. Resume only runs of your own.',
+            logger='current',
+        )
+        return load_everything(f, map_location)
+
+
+def _load_url(
+    url: str,
+    model_dir: str | None = None,
+    map_location: Any = None,
+    progress: bool = True,
+) -> Any:
+    """Download into PyTorch's hub folder, unless there, and load tensors."""
+    if _full_load.get():
+        raise ValueError(
+            f'resume wants a local checkpoint of your own run, got {url}: '
+            'download it first, or use `load_from` for its weights'
+        )
+    folder = model_dir or os.path.join(torch.hub.get_dir(), 'checkpoints')
+    path = os.path.join(folder, os.path.basename(urlparse(url).path))
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=progress)
+    return load_tensors(path, map_location)
+
+
+def _with_full_load(resume: Callable) -> Callable:
+    """Wrap a runner's ``resume`` so that its file is loaded in full."""
+
+    @functools.wraps(resume)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        token = _full_load.set(True)
+        try:
+            return resume(*args, **kwargs)
+        finally:
+            _full_load.reset(token)
+
+    return wrapped
+
+
+# --- automatic mixed precision on a CPU -------------------------------------
+
+
+class CPUAmpOptimWrapper(OptimWrapper):
+    """``AmpOptimWrapper`` for the CPU: the forward runs in bfloat16 autocast.
+
+    Args:
+        loss_scale (str | float | dict): Accepted as by ``AmpOptimWrapper``
+            and without effect: bfloat16 has the range of float32, so nothing
+            is scaled. Defaults to 'dynamic'.
+        dtype (str | torch.dtype, optional): ``'bfloat16'`` or None, which
+            means the same. Defaults to None.
+        **kwargs: For ``OptimWrapper``.
+
+    Raises:
+        ValueError: If ``dtype`` is another one.
+    """
+
+    def __init__(
+        self,
+        loss_scale: str | float | dict = 'dynamic',
+        dtype: str | torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if dtype not in (None, 'bfloat16', torch.bfloat16):
+            raise ValueError(
+                "dtype: on a CPU AmpOptimWrapper wants 'bfloat16' or None, "
+                f'got {dtype!r}'
+            )
+        super().__init__(**kwargs)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load the state; the loss scaler of a GPU run is left out."""
+        state_dict = {**state_dict}
+        state_dict.pop('loss_scaler', None)
+        super().load_state_dict(state_dict)
+
+    @contextmanager
+    def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
+        """Enter bfloat16 autocast beside the base class's context."""
+        autocast = torch.autocast('cpu', torch.bfloat16)
+        with super().optim_context(model), autocast:
+            yield
+
+
+def register_cpu_amp() -> None:
+    """Make ``type='AmpOptimWrapper'`` work where there is no accelerator.
+
+    mmengine 0.10.7 and 0.11.0rc3 assert a GPU. Ends when mmengine's own
+    ``AmpOptimWrapper`` runs on a CPU.
+    """
+    if get_device() == 'cpu':
+        OPTIM_WRAPPERS.register_module(
+            name='AmpOptimWrapper', module=CPUAmpOptimWrapper, force=True
+        )
+
+
+# --- distributed training on a CPU ------------------------------------------
+
+
+def prepare_cpu_distributed(cfg: Any) -> None:
+    """Let ``launcher='pytorch'`` work without a GPU; for the tools.
+
+    Starts the gloo process group, which the Runner then finds, and sets
+    ``cfg`` accordingly. Does nothing with a GPU, another launcher, or outside
+    of torchrun. mmengine 0.10.7 and 0.11.0rc3 always call
+    ``torch.cuda.set_device``; ends when they ask first.
+
+    Args:
+        cfg (Config): The whole config, changed in place: ``env_cfg``,
+            ``model_wrapper_cfg``, and every SyncBN becomes BN, since CPUs
+            have none.
+    """
+    torchrun = {'RANK', 'WORLD_SIZE'} <= os.environ.keys()
+    if cfg.get('launcher') != 'pytorch' or not torchrun:
+        return
+    if torch.cuda.is_available():
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    cfg.env_cfg = _with_gloo(cfg.get('env_cfg') or {})
+    cfg.model_wrapper_cfg = _wrapper_without_device(cfg)
+    replaced = _replace_sync_bn(list(cfg.values()))
+    replaced += cfg.pop('sync_bn', None) is not None
+    if replaced:
+        print_log(
+            f'No GPU: {replaced} x SyncBN turned into BN in the config, so '
+            'statistics are those of each process.',
+            logger='current',
+        )
+
+
+def _with_gloo(env_cfg: dict) -> dict:
+    """Return ``env_cfg`` with gloo as the backend."""
+    dist_cfg = {**(env_cfg.get('dist_cfg') or {}), 'backend': 'gloo'}
+    return {**env_cfg, 'dist_cfg': dist_cfg}
+
+
+def _wrapper_without_device(cfg: Any) -> dict:
+    """Return the model wrapper's config, the user's where there is one."""
+    wrapper = cfg.get('model_wrapper_cfg')
+    if wrapper is None:
+        wrapper = {
+            'broadcast_buffers': False,
+            'find_unused_parameters': cfg.get('find_unused_parameters', False),
+        }
+    wrapper = {'type': 'MMDistributedDataParallel', **wrapper}
+    if wrapper['type'] == 'MMDistributedDataParallel':
+        # Without the key mmengine names a GPU.
+        wrapper.setdefault('device_ids', None)
+    return wrapper
+
+
+def _replace_sync_bn(node: Any) -> int:
+    """Turn every SyncBN below ``node`` into BN and count them."""
+    if isinstance(node, (list, tuple)):
+        return sum(_replace_sync_bn(child) for child in node)
+    if not isinstance(node, dict):
+        return 0
+    count = 0
+    if node.get('type') in ('SyncBN', 'MMSyncBN'):
+        node['type'] = 'BN'
+        count = 1
+    return count + sum(_replace_sync_bn(child) for child in node.values())
+
+
+# --- configs ----------------------------------------------------------------
+
+
+def add_config_package() -> None:
+    """Let a config name ``'mmstabvim::...'`` as a base.
+
+    mmengine 0.10.7 and 0.11.0rc3 know only their own packages. Ends when
+    mmengine accepts any installed package.
+    """
+    config_utils.MODULE2PACKAGE.setdefault('mmstabvim', 'mmstabvim')

@@ -1,0 +1,1 @@
+"""Registered hooks, and what the command-line tools share."""

@@ -1,0 +1,330 @@
+"""What ``tools/train.py`` and ``tools/test.py`` share.
+
+The tools are thin: they read the command line and change the config. What
+both need is here, because an installed tool can import only from the package.
+"""
+
+import argparse
+import difflib
+import inspect
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
+
+from mmstabvim import compat, registry
+
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+# Read from the config, but no argument of a runner's constructor.
+_OTHER_KEYS = (
+    'auto_scale_lr',
+    'compile',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'strategy',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+)
+
+
+class _OptionAction(DictAction):
+    """``DictAction`` that says what is wrong with ``--cfg-options key``."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Refuse a value without ``=``."""
+        for value in values:
+            if '=' not in value:
+                parser.error(
+                    f'{option_string} wants key=value pairs, got {value!r}'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_shared_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that training and testing have in common.
+
+    Args:
+        parser (argparse.ArgumentParser): Changed in place.
+    """
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs and checkpoints (default: work_dir of the '
+        'config, or work_dirs/ and the name of the config)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_OptionAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='change settings of the config, for instance '
+        'optim_wrapper.optimizer.lr=1e-4 or "key=[(a,b),(c,d)]"',
+    )
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not copy batches to pinned memory',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed job were started',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Load the config and apply the shared options.
+
+    ``--cfg-options`` come first, so every other option sees them.
+
+    Args:
+        args (argparse.Namespace): With ``config`` and the shared options.
+
+    Returns:
+        Config: The merged config, with ``work_dir`` and ``launcher`` set.
+
+    Raises:
+        FileNotFoundError: If there is no such config file.
+        ValueError: If an option names a setting that nothing reads.
+    """
+    check_file(args.config, 'config file')
+    cfg = Config.fromfile(args.config)
+    _check_options(cfg, args.cfg_options)
+    cfg.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    _set_launcher(cfg, args)
+    return cfg
+
+
+def check_file(path: str, what: str) -> None:
+    """Refuse a path that does not exist, listing near names beside it.
+
+    Args:
+        path (str): A local path; a URL is not checked.
+        what (str): What the file is, for the message.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if '://' in path or Path(path).is_file():
+        return
+    folder = Path(path).parent
+    names = [p.name for p in folder.glob('*')] if folder.is_dir() else []
+    near = difflib.get_close_matches(Path(path).name, names)
+    hint = f'; near names there: {", ".join(near)}' if near else ''
+    raise FileNotFoundError(f'{what} {path!r} does not exist{hint}')
+
+
+def _check_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Refuse an option whose first name neither config nor runner knows."""
+    known = {*cfg, *_OTHER_KEYS}
+    for runner in (Runner, FlexibleRunner):
+        known.update(inspect.signature(runner.__init__).parameters)
+    for option in options:
+        name = option.split('.')[0]
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known))
+            hint = f'; near names: {", ".join(near)}' if near else ''
+            raise ValueError(
+                f'--cfg-options {option}: the config has no {name!r}{hint}'
+            )
+
+
+def _set_launcher(cfg: Config, args: argparse.Namespace) -> None:
+    """Pass the launcher on and prepare a distributed job without a GPU."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg.launcher = args.launcher
+    if args.launcher == 'none' or get_device() != 'cpu':
+        return
+    if args.launcher != 'pytorch':
+        raise ValueError(
+            'without a GPU the launcher must be none or pytorch, '
+            f'got {args.launcher!r}'
+        )
+    compat.prepare_cpu_distributed(cfg)
+
+
+def is_segmentation(cfg: Config) -> bool:
+    """Whether the config is one of MMSegmentation.
+
+    Args:
+        cfg (Config): Its ``default_scope`` decides.
+
+    Returns:
+        bool: False for classification.
+    """
+    return cfg.get('default_scope') == 'mmseg'
+
+
+def type_name(cfg: dict) -> str:
+    """Name of the class that a part of a config asks for.
+
+    Args:
+        cfg (dict): With ``type``, a name with or without scope or a class.
+
+    Returns:
+        str: The bare name, empty without ``type``.
+    """
+    kind = cfg.get('type', '')
+    name = kind if isinstance(kind, str) else kind.__name__
+    return name.rpartition('.')[2]
+
+
+def set_loader_defaults(
+    cfg: Config, no_pin_memory: bool, no_persistent_workers: bool = False
+) -> None:
+    """Fill in what the configs leave to the tools, as in MMPretrain.
+
+    Args:
+        cfg (Config): Changed in place.
+        no_pin_memory (bool): Never pin memory, whatever the config says.
+        no_persistent_workers (bool): Start the workers anew each epoch.
+            Defaults to False.
+    """
+    for name in LOADERS:
+        loader = cfg.get(name)
+        if not isinstance(loader, dict):
+            continue
+        if not is_segmentation(cfg):
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+        loader.setdefault('pin_memory', torch.cuda.is_available())
+        loader.setdefault('persistent_workers', True)
+        if no_pin_memory:
+            loader['pin_memory'] = False
+        # PyTorch refuses persistent workers where there are no workers
+        if no_persistent_workers or not loader.get('num_workers'):
+            loader['persistent_workers'] = False
+
+
+def build_runner(cfg: Config) -> Any:
+    """Build the runner that the config asks for.
+
+    Args:
+        cfg (Config): With ``runner_type`` for another one than
+            ``mmengine.Runner``.
+
+    Returns:
+        Runner: The runner.
+    """
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Say more about a misspelt ``type`` and about unreadable data.
+
+    Raises:
+        KeyError: With near names, if a ``type`` is in no registry.
+        ValueError: With the folders searched, if a dataset failed to load.
+    """
+    try:
+        yield
+    except Exception as error:
+        hint = None
+        if isinstance(error, KeyError):
+            hint = registry.suggest_types(error)
+        if hint is not None:
+            raise KeyError(f'{error.args[0]} {hint}') from error
+        dataset = _dataset_being_loaded(error)
+        if dataset is not None:
+            raise ValueError(_describe_data(dataset, error)) from error
+        raise
+
+
+def _dataset_being_loaded(error: Exception) -> Any:
+    """Find the dataset whose annotations were being read, or None."""
+    dataset = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_name == 'full_init':
+            # the innermost one: a wrapper loads what it wraps
+            dataset = frame.f_locals.get('self')
+    return dataset
+
+
+def _describe_data(dataset: Any, error: Exception) -> str:
+    """Name the folders and files of a dataset and what is in them."""
+    prefix = getattr(dataset, 'data_prefix', None) or {}
+    places = {
+        'data_root': getattr(dataset, 'data_root', None),
+        'ann_file': getattr(dataset, 'ann_file', None),
+        **(prefix if isinstance(prefix, dict) else {'data_prefix': prefix}),
+    }
+    lines = [
+        f'{name}={str(path)!r} ({_describe_path(Path(path))})'
+        for name, path in places.items()
+        if path
+    ]
+    return (
+        f'{type(dataset).__name__} found no data that it can use: '
+        f'{", ".join(lines) or "no folder given"}. {error}'
+    )
+
+
+def _describe_path(path: Path) -> str:
+    """Say whether a path is there and what it holds."""
+    if path.is_dir():
+        count = sum(1 for _ in path.iterdir())
+        return f'{count} entries' if count else 'an empty folder'
+    return 'a file' if path.exists() else 'does not exist'
+
+
+def training_summary(runner: Any) -> str:
+    """Tell how a training ended and where its results are.
+
+    Args:
+        runner (Runner): After ``train``.
+
+    Returns:
+        str: Several lines: last metrics, checkpoints, curves.
+    """
+    lines = ['Training is done.']
+    metrics = _last_metrics(runner)
+    if metrics:
+        lines.append(f'{_split_name(runner.cfg)}: {metrics}')
+    last = find_latest_checkpoint(runner.work_dir)
+    lines.append(f'Last checkpoint: {last or "none"}')
+    best = runner.message_hub.runtime_info.get('best_ckpt')
+    if best:
+        lines.append(f'Best checkpoint: {best}')
+    curves = Path(runner.log_dir, 'vis_data')
+    for scalars in sorted(curves.glob('*.json')):
+        lines.append(f'Curves: {scalars}')
+    if any(curves.glob('events.out.tfevents*')):
+        lines.append(f'TensorBoard: tensorboard --logdir {runner.work_dir}')
+    return '\n'.join(lines)
+
+
+def _last_metrics(runner: Any) -> str:
+    """List the metrics of the last validation, empty if there was none."""
+    skip = {'val/time', 'val/data_time'}
+    return ', '.join(
+        f'{name.removeprefix("val/")} {buffer.current():.2f}'
+        for name, buffer in runner.message_hub.log_scalars.items()
+        if name.startswith('val/') and name not in skip
+    )
+
+
+def _split_name(cfg: Config) -> str:
+    """Name the images behind the metrics: often the test set itself."""
+    loaders = [cfg.get(name) or {} for name in LOADERS[1:]]
+    if loaders[0].get('dataset') == loaders[1].get('dataset'):
+        return 'Test set'
+    return 'Validation set'

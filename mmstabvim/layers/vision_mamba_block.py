@@ -1,0 +1,55 @@
+"""Add, normalize, mix: one layer of Vision Mamba."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmstabvim.layers.drop_path import DropPath
+from mmstabvim.layers.mamba_mixer import MambaMixer
+from mmstabvim.layers.rms_norm import RMSNorm
+
+
+class VisionMambaBlock(nn.Module):
+    """Pre-norm block that carries the residual stream beside its output.
+
+    The mixer's output is added to the residual by the *next* block (after the
+    last one by the backbone), so a block returns both.
+
+    Args:
+        d_model (int): Channels of the tokens.
+        drop_path (float): Probability of dropping the *incoming* mixer
+            output, per sample. Defaults to 0.0.
+        **mixer (Any): Arguments of :class:`MambaMixer`.
+    """
+
+    def __init__(
+        self, d_model: int, drop_path: float = 0.0, **mixer: Any
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.mixer = MambaMixer(d_model, **mixer)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mixer's output and the residual stream it has read.
+
+        Args:
+            hidden (Tensor): (batch, length, d_model), the previous block's
+                output, or the embedded tokens.
+            residual (Tensor, optional): (batch, length, d_model), the
+                previous block's residual stream, float32 or wider.
+
+        Returns:
+            tuple[Tensor, Tensor]: Two tensors of the same shape.
+        """
+        residual = add_residual(self.drop_path(hidden), residual)
+        return self.mixer(self.norm(residual)), residual
+
+
+def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
+    """Add to the residual stream, kept in float32 or wider."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return hidden if residual is None else residual + hidden

@@ -1,0 +1,5 @@
+"""Registered models."""
+
+from mmstabvim.models.backbones import VisionMamba
+
+__all__ = ['VisionMamba']

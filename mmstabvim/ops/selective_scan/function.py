@@ -1,0 +1,252 @@
+"""The scan as a PyTorch operator: autograd, fake tensors, FLOP counts.
+
+``mmstabvim::selective_scan`` is opaque to ``torch.compile`` (no graph break),
+has shapes without data, and is seen by ``FlopCounterMode``.
+"""
+
+from typing import Any
+
+import torch
+from mmengine.analysis import complexity_analysis
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmstabvim.ops.selective_scan import cpu
+from mmstabvim.ops.selective_scan.reference import compute_dtype
+
+
+@torch.library.custom_op('mmstabvim::selective_scan', mutates_args=())
+def _scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    b_disc: str,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu.forward(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        delta_softplus,
+        reverse,
+        b_disc,
+        keep_states,
+    )
+
+
+@_scan.register_fake
+def _scan_fake(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    b_disc: str,
+    keep_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, dim = u.shape
+    real = compute_dtype(u, delta, A, B, C, D, delta_bias)
+    wide = real.to_complex() if A.is_complex() else real
+    chunks = -(-length // cpu.CHUNK) if keep_states else 0
+    groups = next((m.shape[2] for m in (B, C) if m.dim() == 4), 1)
+    state = A.shape[1]
+    return (
+        u.new_empty((batch, length, dim), dtype=real),
+        u.new_empty((batch, dim, state), dtype=wide),
+        u.new_empty((chunks, batch, groups, state, dim // groups), dtype=wide),
+    )
+
+
+@torch.library.custom_op('mmstabvim::selective_scan_backward', mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    dlast: Tensor | None,
+    borders: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    b_disc: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return cpu.backward(
+        dy,
+        dlast,
+        borders,
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        delta_softplus,
+        reverse,
+        b_disc,
+    )
+
+
+@_scan_backward.register_fake
+def _scan_backward_fake(
+    dy: Tensor,
+    dlast: Tensor | None,
+    borders: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    b_disc: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    real = compute_dtype(u, delta, A, B, C, D, delta_bias)
+    wide = real.to_complex() if A.is_complex() else real
+
+    def like(x: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return u.new_empty((0,) if x is None else x.shape, dtype=dtype)
+
+    return (
+        like(u, real),
+        like(delta, real),
+        like(A, wide),
+        like(B, wide),
+        like(C, wide),
+        like(D, real),
+        like(delta_bias, real),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, softplus, reverse, b_disc, _ = inputs
+    ctx.save_for_backward(output[2], *tensors)
+    ctx.options = (softplus, reverse, b_disc)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _autograd(
+    ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    borders, *tensors = ctx.saved_tensors
+    if dy is None:
+        u, delta, A, B, C, D, bias = tensors
+        dy = u.new_zeros(
+            u.shape, dtype=compute_dtype(u, delta, A, B, C, D, bias)
+        )
+    grads = _scan_backward(dy, dlast, borders, *tensors, *ctx.options)
+    return (
+        *(
+            None if x is None else grad.to(x.dtype)
+            for grad, x in zip(grads, tensors, strict=True)
+        ),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_scan.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def scan_flops(
+    u_shape: tuple[int, ...], A_shape: tuple[int, ...], complex_a: bool
+) -> int:
+    """Floating-point operations of one forward scan.
+
+    Counted per (batch, token, channel, state): ``delta A``, ``exp``,
+    ``(delta u) B``, multiply and add into the state, multiply and add into
+    the output: 7; per (batch, token, channel): softplus 3, ``delta u`` 1,
+    ``D u`` 2. A complex multiplication counts 6, an addition 2, ``exp`` 8;
+    a product of a real and a complex number 2.
+
+    Args:
+        u_shape (tuple[int, ...]): (batch, length, dim).
+        A_shape (tuple[int, ...]): (dim, state).
+        complex_a (bool): Whether ``A`` is complex.
+
+    Returns:
+        int: Operations; one multiply-add counts as two.
+    """
+    tokens = u_shape[0] * u_shape[1] * u_shape[2]
+    per_state = 2 + 8 + 2 + (6 + 2) + (6 + 2) if complex_a else 7
+    return tokens * (per_state * A_shape[1] + 6)
+
+
+@register_flop_formula(torch.ops.mmstabvim.selective_scan, get_raw=True)
+def _forward_formula(
+    u: Tensor, delta: Tensor, A: Tensor, *args: Any, **kwargs: Any
+) -> int:
+    return scan_flops(tuple(u.shape), tuple(A.shape), A.is_complex())
+
+
+@register_flop_formula(
+    torch.ops.mmstabvim.selective_scan_backward, get_raw=True
+)
+def _backward_formula(
+    dy: Tensor,
+    dlast: Tensor | None,
+    borders: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Recomputes the forward pass and takes about twice its operations."""
+    return 3 * scan_flops(tuple(u.shape), tuple(A.shape), A.is_complex())
+
+
+def _mmengine_formula(inputs: list[Any], outputs: list[Any]) -> int:
+    """MMEngine's unit is the multiply-add: half of our operations."""
+    u, A = inputs[0].type(), inputs[2].type()
+    complex_a = A.dtype() is not None and A.dtype().is_complex
+    return scan_flops(tuple(u.sizes()), tuple(A.sizes()), complex_a) // 2
+
+
+# MMEngine offers no public way to teach get_model_complexity_info an operator
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[
+    'mmstabvim::selective_scan'
+] = _mmengine_formula
+
+
+def selective_scan_fused(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    reverse: bool,
+    b_disc: str,
+) -> tuple[Tensor, Tensor]:
+    """The operator, with the signature of ``selective_scan_ref``."""
+    tensors = (u, delta, A, B, C, D, delta_bias)
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors
+    )
+    y, last, _ = _scan(*tensors, delta_softplus, reverse, b_disc, keep)
+    return y, last

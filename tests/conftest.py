@@ -1,0 +1,44 @@
+"""Fixtures and settings shared by every test."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# before anything imports triton
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get('MMSTABVIM_SHARED', ROOT.parent / 'shared'))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """``torch.empty`` yields NaN, so an unwritten element fails."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def shared_file():
+    """Path of a file of the shared reference data; skips where absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f'reference data {name} is not at hand')
+        return path
+
+    return find
+
+
+@pytest.fixture
+def golden(shared_file):
+    """Open one archive of golden values."""
+    return lambda name: np.load(
+        shared_file(f'goldens/{name}'), allow_pickle=False
+    )
