@@ -13,6 +13,7 @@ from mmstabvim.version import __version__
 
 _PUBLIC = {
     'Digits': 'mmstabvim.datasets',
+    'RandomStateHook': 'mmstabvim.engine',
     'VisionMamba': 'mmstabvim.models',
 }
 

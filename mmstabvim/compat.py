@@ -210,12 +210,6 @@ class CPUAmpOptimWrapper(OptimWrapper):
             )
         super().__init__(**kwargs)
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Load the state; the loss scaler of a GPU run is left out."""
-        state_dict = {**state_dict}
-        state_dict.pop('loss_scaler', None)
-        super().load_state_dict(state_dict)
-
     @contextmanager
     def optim_context(self, model: torch.nn.Module) -> Iterator[None]:
         """Enter bfloat16 autocast beside the base class's context."""

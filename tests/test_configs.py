@@ -217,7 +217,7 @@ def test_parameter_count(name):
 
 @pytest.mark.parametrize('name', CLASSIFIERS)
 def test_forward(name):
-    """Loss with finite gradients everywhere, and a prediction."""
+    """A gradient for every parameter, and a prediction."""
     cfg = load(name)
     num_classes = cfg.model.head.num_classes
     model = small_model(cfg)
@@ -233,6 +233,7 @@ def test_forward(name):
     for parameter_name, p in model.named_parameters():
         assert p.grad is not None, parameter_name
         assert p.grad.isfinite().all(), parameter_name
+        assert p.grad.any(), parameter_name
     model.eval()
     batch = model.data_preprocessor(data, training=False)
     with torch.no_grad():
@@ -378,7 +379,7 @@ def learning_rates(name, work_dir):
     for _ in range(cfg.train_cfg.max_epochs):
         rates.append(wrapper.get_lr()['lr'][0])
         for i in range(steps):
-            wrapper.optimizer.step()
+            wrapper.step()
             for scheduler in schedulers:
                 if not scheduler.by_epoch or i == steps - 1:
                     scheduler.step()
@@ -448,6 +449,7 @@ def imagenet_options(root, classes):
     return [f'{key}={value}' for key, value in options.items()]
 
 
+@pytest.mark.slow
 def test_trains_on_imagenet_folders(tmp_path):
     """A few iterations of the tiny config on images in ImageNet's layout."""
     classes = ['n01440764', 'n01443537']

@@ -383,6 +383,18 @@ def test_amp_dtype(config):
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
 
 
+@pytest.mark.parametrize(
+    ('device', 'dtype', 'loss_scale'),
+    [('cuda', 'float16', 'dynamic'), ('cpu', 'bfloat16', 1.0)],
+)
+def test_amp_follows_the_device(
+    config, monkeypatch, device, dtype, loss_scale
+):
+    monkeypatch.setattr(train, 'get_device', lambda: device)
+    wrapper = parse_train(config, '--amp').optim_wrapper
+    assert (wrapper.dtype, wrapper.loss_scale) == (dtype, loss_scale)
+
+
 def test_amp_dtype_needs_amp(config):
     with pytest.raises(SystemExit):
         parse_train(config, '--amp-dtype', 'bfloat16')
@@ -415,16 +427,21 @@ def test_seed_repeats_a_run(config):
 
 
 def test_loader_options(config):
-    workers = ('--cfg-options', 'train_dataloader.num_workers=1')
-    cfg = parse_train(config, *workers)
+    options = (
+        '--cfg-options',
+        'train_dataloader.num_workers=1',
+        'val_dataloader.pin_memory=True',
+    )
+    cfg = parse_train(config, *options)
     assert cfg.train_dataloader.persistent_workers
-    assert cfg.train_dataloader.pin_memory == torch.cuda.is_available()
     assert not cfg.val_dataloader.persistent_workers
+    assert cfg.train_dataloader.pin_memory == torch.cuda.is_available()
+    assert cfg.val_dataloader.pin_memory
     cfg = parse_train(
-        config, '--no-pin-memory', '--no-persistent-workers', *workers
+        config, '--no-pin-memory', '--no-persistent-workers', *options
     )
     assert not cfg.train_dataloader.persistent_workers
-    assert not cfg.train_dataloader.pin_memory
+    assert not cfg.val_dataloader.pin_memory
 
 
 def edit(config, name, old, new):
@@ -455,14 +472,13 @@ def test_classification_without_images(config, images, tmp_path, exists):
 
 def test_a_wrapped_dataset_without_images(config, images, tmp_path):
     """The message is about the folder inside the wrapper."""
-    wrong = edit(config, 'wrong.py', str(images), str(tmp_path / 'nothing'))
-    text = wrong.read_text().replace(
-        'dataset=_dataset',
-        "dataset=dict(type='RepeatDataset', times=2, dataset=_dataset)",
-        1,
-    )
-    wrong.write_text(text)
-    with pytest.raises(ValueError, match=r'CustomDataset found.*nothing'):
+    nothing = f'{tmp_path}/nothing'
+    wrong = edit(config, 'wrong.py', str(images), nothing)
+    lazy = "type='CustomDataset', lazy_init=True"
+    wrong = edit(wrong, 'wrong.py', "type='CustomDataset'", lazy)
+    wrapped = "dataset=dict(type='RepeatDataset', times=2, dataset=_dataset)"
+    wrong = edit(wrong, 'wrong.py', 'dataset=_dataset', wrapped)
+    with pytest.raises(ValueError, match=rf'CustomDataset found.*{nothing}'):
         run(train, wrong)
 
 

@@ -1,1 +1,5 @@
-"""Registered hooks, and what the command-line tools share."""
+"""Registered hooks and what the command-line tools share."""
+
+from mmstabvim.engine.hooks import RandomStateHook
+
+__all__ = ['RandomStateHook']

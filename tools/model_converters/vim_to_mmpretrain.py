@@ -5,6 +5,7 @@ The result loads strictly into an ``ImageClassifier`` with
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mmstabvim.models.vim_checkpoint import (
 )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('src', type=Path, help='checkpoint to convert')
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--overwrite', action='store_true', help='replace an existing DST'
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.ema and args.reverse:
         parser.error('--ema reads an official file, --reverse writes one')
     if args.dst.exists() and not args.overwrite:
@@ -43,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def pick(checkpoint: dict, key: str, path: Path) -> dict:
+def pick(checkpoint: dict, key: str) -> dict:
     """State dict under a key; a bare state dict is taken as it is."""
     if key not in checkpoint and all(
         isinstance(value, torch.Tensor) for value in checkpoint.values()
@@ -51,36 +52,34 @@ def pick(checkpoint: dict, key: str, path: Path) -> dict:
         return checkpoint
     state = checkpoint.get(key)
     if not isinstance(state, dict):
-        raise ValueError(
-            f'{path} must hold {key!r}, got the keys {sorted(checkpoint)}'
-        )
+        raise ValueError(f'must hold {key!r}, got the keys {[*checkpoint]}')
     strangers = [
         name
         for name, value in state.items()
         if not isinstance(value, torch.Tensor)
     ]
     if strangers:
-        raise ValueError(f'{path}: {strangers[:3]} are no tensors')
+        raise ValueError(f'{strangers[:3]} in {key!r} are no tensors')
     return state
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Convert, write, report."""
-    args = parse_args()
-    checkpoint = load_checkpoint_tensors(args.src)
+    args = parse_args(argv)
     try:
+        checkpoint = load_checkpoint_tensors(args.src)
         if args.reverse:
-            state = pick(checkpoint, 'state_dict', args.src)
-            sizes = describe(state)
+            state = pick(checkpoint, 'state_dict')
             converted, unused = to_official(state)
+            sizes = describe(state)
             result = {'model': converted}
         else:
             key = 'model_ema' if args.ema else 'model'
-            state = pick(checkpoint, key, args.src)
+            state = pick(checkpoint, key)
             converted, unused = from_official(state)
             sizes = describe(converted)
             result = {'state_dict': converted, 'meta': {}}
-    except (ValueError, KeyError) as error:
+    except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f'{args.src}: {error}') from error
     args.dst.parent.mkdir(parents=True, exist_ok=True)
     torch.save(result, args.dst)

@@ -52,7 +52,8 @@ inline vec times_exp2(vec x, vec rounded) {  // the result must be normal
   return (vec)((bits)x + ((bits)rounded << 23));
 }
 
-inline vec exp2_any(vec x) {  // 0 below the normal range, inf above, NaN kept
+// Below the normal range 0 or nearly so, above it infinite, NaN stays NaN.
+inline vec exp2_any(vec x) {
 #if defined(SCAN_AVX512)
   vec f = _mm512_reduce_ps(x, 0);  // x - round(x), and 0 for infinite x
   return _mm512_scalef_ps(polynomial_exp2(f), x - f);
@@ -60,7 +61,7 @@ inline vec exp2_any(vec x) {  // 0 below the normal range, inf above, NaN kept
   vec rounded = x + ROUNDER;
   vec inside = times_exp2(polynomial_exp2(x - (rounded - ROUNDER)), rounded);
   vec outside = x < 0.0f ? vec{} : x * 3e38f;
-  return (x >= -126.0f) & (x <= 127.0f) ? inside : outside;
+  return (x >= -126.0f) & (x < 127.5f) ? inside : outside;
 #endif
 }
 
@@ -160,7 +161,7 @@ void advance(int count, const vec *dt, const vec *x, const vec *a, MatrixB b,
   for (int n = 0; n < N; n++) h[n] = state[n];
   for (int k = 0; k < count; k++) {
     vec read = y[k];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       h[n] = exp2_any(dt[k] * a[n]) * h[n] + x[k] * b(k, n);
       read += h[n] * c(k, n);
@@ -176,7 +177,7 @@ void record(int count, const vec *dt, const vec *x, const vec *a, MatrixB b,
   vec h[N];
   for (int n = 0; n < N; n++) h[n] = state[n];
   for (int k = 0; k < count; k++)
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       vec decay = exp2_any(dt[k] * a[n]);
       h[n] = decay * h[n] + x[k] * b(k, n);
@@ -202,7 +203,7 @@ void retreat(int count, const vec *dt, const vec *x, const vec *dy,
     const vec *before = k ? states + (k - 1) * N : entering;
     vec *db_k = db.lanes + k * db.step, *dc_k = dc.lanes + k * dc.step;
     vec sum_x = dx[k], sum_dt = ddt[k];
-#pragma GCC unroll 16
+#pragma GCC unroll 4
     for (int n = 0; n < N; n++) {
       vec g = next[n] + dy[k] * c(k, n);
       dc_k[n] += dy[k] * states[k * N + n];
@@ -220,6 +221,8 @@ void retreat(int count, const vec *dt, const vec *x, const vec *dy,
 
 // ------------------------------------------------------------------- tasks
 
+constexpr int STRIP = 4;
+
 template <int N>
 using Width = std::integral_constant<int, N>;
 
@@ -227,16 +230,10 @@ using Width = std::integral_constant<int, N>;
 template <class Run>
 void in_strips(int64_t state, bool constant, Run run) {
   int n = 0;
-  if (!constant) {
-#if defined(SCAN_AVX512)
-    for (; n + 8 <= state; n += 8) run(Width<8>{}, n);
-#endif
-    for (; n + 4 <= state; n += 4) run(Width<4>{}, n);
-  }
+  if (!constant)
+    for (; n + STRIP <= state; n += STRIP) run(Width<STRIP>{}, n);
   for (; n < state; n++) run(Width<1>{}, n);
 }
-
-constexpr int WIDEST = 8;
 
 struct Span {  // tokens first, first + 1, ... or first, first - 1, ...
   int64_t first, step;
@@ -287,8 +284,8 @@ class Task {
   }
 
   void backward(const Gradients &g) {
-    decays.resize(s.chunk * WIDEST);
-    states.resize(s.chunk * WIDEST);
+    decays.resize(s.chunk * STRIP);
+    states.resize(s.chunk * STRIP);
     lanes_b.resize(s.chunk * s.state);
     lanes_c.resize(s.chunk * s.state);
     for (Block &block : blocks) {

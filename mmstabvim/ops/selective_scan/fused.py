@@ -34,7 +34,6 @@ FLAGS = (
     '-fPIC',
     '-ffp-contract=fast',
 )
-MAX_STATE = 64
 TASKS = 32
 """Tasks to split the work into; fixed, so that sums do not depend on the
 number of threads."""
@@ -115,9 +114,8 @@ def supports(
 ) -> bool:
     """Whether the fused path can run these inputs here.
 
-    It needs CPU tensors, a real float32 state of at most 64 numbers per
-    channel, ``b_disc='euler'``, equal groups in B and C, and a compiler.
-    Arguments as in :func:`.cpu.forward`.
+    It needs CPU tensors, a real float32 state, ``b_disc='euler'``, equal
+    groups in B and C, and a compiler. Arguments as in :func:`.cpu.forward`.
     """
     narrow = (torch.float32, torch.bfloat16, torch.float16)
     given = [x for x in (u, delta, A, B, C, D, delta_bias) if x is not None]
@@ -125,7 +123,6 @@ def supports(
         b_disc == 'euler'
         and all(x.device.type == 'cpu' for x in given)
         and all(x.dtype in narrow for x in given)
-        and A.shape[1] <= MAX_STATE
         and len({m.shape[2] for m in (B, C) if m.dim() == 4}) <= 1
         and os.environ.get(ENVIRONMENT_VARIABLE, '1') != '0'
         and library() is not None
@@ -345,7 +342,7 @@ def library() -> ctypes.CDLL | None:
 
 def _load_or_build() -> ctypes.CDLL:
     compiler = _compiler()
-    path = _cache_folder() / f'fused_scan_{_key(compiler)}.so'
+    path = _library_path(compiler)
     if not _intact(path):
         _build(compiler, path)
     return ctypes.CDLL(str(path))
@@ -360,11 +357,12 @@ def _compiler() -> list[str]:
     raise RuntimeError(f'no C++ compiler (CXX, {", ".join(COMPILERS)})')
 
 
-def _cache_folder() -> Path:
+def _library_path(compiler: list[str]) -> Path:
+    """Where the build is cached; the folder exists afterwards."""
     base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     folder = Path(base, 'mmstabvim')
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+    return folder / f'fused_scan_{_key(compiler)}.so'
 
 
 def _key(compiler: list[str]) -> str:

@@ -1,0 +1,5 @@
+"""Registered hooks."""
+
+from mmstabvim.engine.hooks.random_state_hook import RandomStateHook
+
+__all__ = ['RandomStateHook']

@@ -1,0 +1,115 @@
+"""Save and restore the random number generators with a checkpoint."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from mmstabvim.registry import HOOKS
+
+
+@HOOKS.register_module()
+class RandomStateHook(Hook):
+    """Make a resumed run continue with the random numbers of the first.
+
+    The states of Python's, NumPy's and PyTorch's generators are stored in
+    each checkpoint and restored on resume. Validation does not advance them:
+    they are put back after it. So on one process without loader workers a
+    resumed run repeats an uninterrupted one bit by bit.
+
+    The checkpoint holds the state of rank 0. Other ranks continue with
+    generators seeded from it and their rank: different numbers from those of
+    an uninterrupted run, but never those of another rank.
+    """
+
+    # before CheckpointHook (VERY_LOW), so that the state is taken first
+    priority = 'NORMAL'
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+        self._before_val: dict[str, Any] | None = None
+
+    def before_save_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the state; during validation that from before it."""
+        checkpoint['random_state'] = self._before_val or get_random_state()
+
+    def after_load_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state until training starts."""
+        self._loaded = checkpoint.get('random_state')
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Restore, before the loader draws the order or the seeds."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or runner.iter == 0:  # not resumed
+            return
+        loop = runner.train_loop
+        if hasattr(loop, 'dataloader_iterator'):
+            # an iteration-based loop fetches and drops the batches that were
+            # trained on, without a hook between them and the next
+            loop.dataloader_iterator = _restore_after(
+                loop.dataloader_iterator, runner.iter, loaded
+            )
+        else:
+            _restore(loaded)
+
+    def before_val(self, runner: Runner) -> None:
+        """Remember the state of training."""
+        self._before_val = get_random_state()
+
+    def after_val(self, runner: Runner) -> None:
+        """Put the state of training back."""
+        if self._before_val is not None:
+            set_random_state(self._before_val)
+        self._before_val = None
+
+
+def get_random_state() -> dict[str, Any]:
+    """States of all generators, as tensors and plain Python objects."""
+    name, keys, *rest = np.random.get_state()
+    return dict(
+        python=random.getstate(),
+        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        torch=torch.get_rng_state(),
+        cuda=torch.cuda.get_rng_state_all(),
+    )
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo :func:`get_random_state`."""
+    random.setstate(state['python'])
+    name, keys, *rest = state['numpy']
+    words = keys.cpu().numpy().astype(np.uint32)
+    np.random.set_state((name, words, *rest))
+    torch.set_rng_state(state['torch'].cpu())
+    if len(state['cuda']) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
+
+
+def _restore(state: dict[str, Any]) -> None:
+    """Restore; ranks other than 0 get numbers of their own."""
+    set_random_state(state)
+    rank = get_rank()
+    if rank:
+        seed = int(torch.randint(2**31, ())) + rank
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+def _restore_after(
+    batches: Iterator[Any], count: int, state: dict[str, Any]
+) -> Iterator[Any]:
+    """Yield the batches, restoring the state before batch ``count``."""
+    for _ in range(count):
+        yield next(batches)
+    _restore(state)
+    yield from batches
