@@ -305,8 +305,8 @@ def training_summary(runner: Any) -> str:
     if best:
         lines.append(f'Best checkpoint: {best}')
     curves = Path(runner.log_dir, 'vis_data')
-    for scalars in sorted(curves.glob('*.json')):
-        lines.append(f'Curves: {scalars}')
+    if (curves / 'scalars.json').exists():
+        lines.append(f'Curves: {curves / "scalars.json"}')
     if any(curves.glob('events.out.tfevents*')):
         lines.append(f'TensorBoard: tensorboard --logdir {runner.work_dir}')
     return '\n'.join(lines)

@@ -92,4 +92,6 @@ def _at(matrix: Tensor, t: int, dim: int) -> Tensor:
     if matrix.dim() == 2:
         return matrix[None]
     groups = matrix.shape[2]
+    if groups == 1:
+        return matrix[:, t]
     return matrix[:, t].repeat_interleave(dim // groups, dim=1)
