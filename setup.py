@@ -80,6 +80,7 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['mmstabvim', 'mmstabvim.*']),
+    include_package_data=True,  # what MANIFEST.in names: fused.cpp
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,
     python_requires='>=3.10,<3.13',

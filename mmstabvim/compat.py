@@ -18,8 +18,10 @@ from typing import Any, NoReturn
 from urllib.parse import urlparse
 
 import torch
+from mmengine.config import config as config_module
 from mmengine.config import utils as config_utils
 from mmengine.device import get_device
+from mmengine.hub import hub as hub_module
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
@@ -305,7 +307,24 @@ def _replace_sync_bn(node: Any) -> int:
 def add_config_package() -> None:
     """Let a config name ``'mmstabvim::...'`` as a base.
 
-    mmengine 0.10.7 and 0.11.0rc3 know only their own packages. Ends when
-    mmengine accepts any installed package.
+    mmengine 0.10.7 and 0.11.0rc3 know only their own packages, and look for
+    an editable install in the wrong folder. Ends when mmengine accepts any
+    installed package and finds it by its import path.
     """
     config_utils.MODULE2PACKAGE.setdefault('mmstabvim', 'mmstabvim')
+    for module in (config_module, hub_module):
+        original = module.get_installed_path
+        if not hasattr(original, '__wrapped__'):
+            module.get_installed_path = _with_own_path(original)
+
+
+def _with_own_path(get_installed_path: Callable) -> Callable:
+    """Answer for this package, ask mmengine for the others."""
+
+    @functools.wraps(get_installed_path)
+    def find(package: str) -> str:
+        if package == 'mmstabvim':
+            return os.path.dirname(os.path.abspath(__file__))
+        return get_installed_path(package)
+
+    return find

@@ -887,6 +887,17 @@ def test_package_is_known_to_the_config_loader(tmp_path, monkeypatch):
         Config.fromfile(child)
 
 
+def test_package_is_found_by_its_import_path():
+    """mmengine asks the distribution, which is elsewhere if editable."""
+    own = str(Path(compat.__file__).parent)
+    find = compat._with_own_path(lambda package: f'elsewhere/{package}')
+    assert find('mmstabvim') == own
+    assert find('mmseg') == 'elsewhere/mmseg'
+    for module in (compat.config_module, compat.hub_module):
+        assert module.get_installed_path('mmstabvim') == own
+        assert hasattr(module.get_installed_path, '__wrapped__')
+
+
 def failed_build(type_, scope):
     overwrite = DefaultScope.overwrite_default_scope
     with overwrite(scope), pytest.raises(KeyError) as info:

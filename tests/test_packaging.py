@@ -215,7 +215,13 @@ def fake(path, script):
     return path
 
 
-OTHER_PYTHON = 'test "$1" = --version && echo "Python 3.13.1"'
+# runs what it is given as if it were Python 3.13
+OTHER_PYTHON = f"""
+test "$1" = --version && echo 'Python 3.13.1' && exit
+exec {sys.executable} -c 'import sys
+sys.version_info = (3, 13, 1, "final", 0)
+exec(sys.argv[1])' "$2"
+"""
 NO_VENV = 'case "$2" in *ensurepip*) exit 1;; esac'
 
 

@@ -9,10 +9,11 @@ gradients of all variants are compared.
 import argparse
 import datetime
 import json
+import logging
+import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -136,14 +137,25 @@ def peak_memory(
 def _measure_memory(
     shape: tuple[int, ...], variant: str, threads: int, forward_only: bool
 ) -> float:
+    logging.disable(logging.INFO)
     torch.set_num_threads(threads)
     small = make_inputs((1, 2, 16, shape[3]))
     make_step(small, variant, forward_only)()  # load and build everything
     step = make_step(make_inputs(shape), variant, forward_only)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reset = Path('/proc/self/clear_refs')
+    if not reset.exists():
+        return math.nan
+    reset.write_text('5')  # the peak starts again from what is in use
+    before = _memory('VmRSS')
     step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (after - before) / 1024
+    return _memory('VmHWM') - before
+
+
+def _memory(field: str) -> float:
+    """MB of this process, from Linux's /proc."""
+    status = Path('/proc/self/status').read_text()
+    rows = dict(row.split(':', 1) for row in status.splitlines())
+    return float(rows[field].split()[0]) / 1024
 
 
 def describe_machine(threads: int) -> str:
@@ -182,6 +194,7 @@ def summarize(
 def main() -> None:
     """Check, time, print Markdown."""
     args = parse_args()
+    logging.disable(logging.INFO)
     torch.set_num_threads(args.threads)
     machine = describe_machine(args.threads)
     what = 'forward' if args.forward else 'forward + backward'

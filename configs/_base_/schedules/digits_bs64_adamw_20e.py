@@ -31,8 +31,8 @@ param_scheduler = [
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
+val_cfg = {}
+test_cfg = {}
 
 # `--auto-scale-lr` scales the learning rate from this total batch size
 auto_scale_lr = dict(base_batch_size=64)

@@ -25,8 +25,8 @@ param_scheduler = [
 ]
 
 train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
-val_cfg = dict()
-test_cfg = dict()
+val_cfg = {}
+test_cfg = {}
 
 # decay 0.99996; validation and test see the averaged weights
 custom_hooks = [dict(type='EMAHook', momentum=4e-5)]
