@@ -14,6 +14,15 @@ NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
 BACKENDS = ('reference', 'cpu')
 
 
+@pytest.fixture(params=['reference', 'cpu', 'cpu without compiler'])
+def backend(request, monkeypatch):
+    """Each way to compute: the cpu backend also without its C++ path."""
+    name, *without = request.param.split(' ', 1)
+    if without:
+        monkeypatch.setenv('MMSTABVIM_FUSED', '0')
+    return name
+
+
 def double(x):
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
@@ -24,7 +33,6 @@ def relative(value, exact):
     return (double(value.detach()) - exact).abs().max() / exact.abs().max()
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('case', range(1, 19))
 def test_official_scan(golden, case, dtype, backend):
@@ -147,7 +155,6 @@ def test_constant_matrices(constant, b_disc, complex_a):
         )
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.half])
 def test_low_precision(dtype, backend):
     """The error is that of rounding inputs and outputs, not of the state."""
@@ -166,7 +173,6 @@ def test_low_precision(dtype, backend):
         assert relative(low[name], value) <= max(2 * eps, 3e-6), name
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
 def test_reverse_is_flip(backend):
     """``reverse`` equals flipping every input and the output."""
     inputs = make_inputs()
@@ -193,7 +199,6 @@ def test_reverse_is_flip(backend):
     torch.testing.assert_close(out[1], last[1])
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
 def test_layouts_agree(backend):
     """Both layouts, a missing group axis, and strided views."""
     inputs = make_inputs(complex_a=True)
@@ -424,8 +429,20 @@ def test_names_are_checked(monkeypatch):
 
 def test_groups_must_divide_the_channels():
     inputs = make_inputs(groups=4)
-    with pytest.raises(ValueError, match='groups that divide dim 6'):
+    with pytest.raises(ValueError, match=r'divides dim 6.*got \[4, 4\]'):
         selective_scan(**inputs, channels_last=True)
+    inputs = make_inputs(groups=2) | {'C': make_inputs(groups=3)['C']}
+    with pytest.raises(ValueError, match=r'the same number.*got \[2, 3\]'):
+        selective_scan(**inputs, channels_last=True)
+
+
+@pytest.mark.parametrize('grouped', 'BC')
+def test_one_matrix_may_be_shared_by_all_groups(grouped):
+    inputs = make_inputs() | {grouped: make_inputs(groups=3)[grouped]}
+    exact = run(inputs, backend='reference')
+    fast = run(inputs, backend='cpu')
+    for name, value in exact.items():
+        torch.testing.assert_close(fast[name], value, msg=name)
 
 
 def test_complex_matrices_belong_to_a_complex_a():

@@ -109,6 +109,7 @@ def selective_scan(
     _check_shapes(u, delta, A, D, z, delta_bias)
     B = _canonical('B', B, u, A, channels_last)
     C = _canonical('C', C, u, A, channels_last)
+    _check_groups(B, C, u.shape[-1])
     scan = BACKENDS[_resolve(backend, u.device)]
     out, last = scan(
         u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, b_disc
@@ -208,12 +209,17 @@ def _canonical(
         matrix = matrix.unsqueeze(2)
     if (*matrix.shape[:2], matrix.shape[3]) != (batch, length, state):
         raise error
-    if matrix.shape[2] == 0 or dim % matrix.shape[2]:
-        raise ValueError(
-            f'{name} must have groups that divide dim {dim}, got '
-            f'{matrix.shape[2]} groups'
-        )
     return matrix
+
+
+def _check_groups(B: Tensor, C: Tensor, dim: int) -> None:
+    groups = [m.shape[2] for m in (B, C) if m.dim() == 4]
+    wrong = any(g == 0 or dim % g for g in groups)
+    if wrong or len({g for g in groups if g > 1}) > 1:
+        raise ValueError(
+            f'B and C must have the same number of groups, one that divides '
+            f'dim {dim}, or one group; got {groups}'
+        )
 
 
 def _matrix_shapes(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmstabvim.ops.selective_scan import fused
 from mmstabvim.ops.selective_scan.discretization import phi1, phi1_derivative
-from mmstabvim.ops.selective_scan.reference import compute_dtype
+from mmstabvim.ops.selective_scan.reference import compute_dtype, num_groups
 
 CHUNK = 16
 """Tokens between two stored states."""
@@ -84,7 +84,7 @@ def _prepare(
 ) -> _Scan:
     real = compute_dtype(u, delta, A, B, C, delta_bias)
     wide = real.to_complex() if A.is_complex() else real
-    groups = next((m.shape[2] for m in (B, C) if m.dim() == 4), 1)
+    groups = num_groups(B, C)
 
     def by_group(x: Tensor) -> Tensor:
         grouped = x.to(real).unflatten(-1, (groups, -1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmstabvim.ops.selective_scan import cpu
-from mmstabvim.ops.selective_scan.reference import compute_dtype
+from mmstabvim.ops.selective_scan.reference import compute_dtype, num_groups
 
 
 @torch.library.custom_op('mmstabvim::selective_scan', mutates_args=())
@@ -62,7 +62,7 @@ def _scan_fake(
     real = compute_dtype(u, delta, A, B, C, D, delta_bias)
     wide = real.to_complex() if A.is_complex() else real
     chunks = -(-length // cpu.CHUNK) if keep_states else 0
-    groups = next((m.shape[2] for m in (B, C) if m.dim() == 4), 1)
+    groups = num_groups(B, C)
     state = A.shape[1]
     return (
         u.new_empty((batch, length, dim), dtype=real),

@@ -22,6 +22,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmstabvim.ops.selective_scan.reference import num_groups
+
 ENVIRONMENT_VARIABLE = 'MMSTABVIM_FUSED'
 SOURCE = Path(__file__).with_name('fused.cpp')
 COMPILERS = ('g++', 'clang++', 'c++')
@@ -228,7 +230,7 @@ class _Call:
         chunk: int,
     ) -> None:
         batch, length, dim = u.shape
-        groups = next((m.shape[2] for m in (B, C) if m.dim() == 4), 1)
+        groups = num_groups(B, C)
         self.u, self.delta = _rows(u), _rows(delta)
         self.A = _by_state(A.float() * math.log2(math.e), groups)
         self.B, self.C = (

@@ -16,6 +16,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def num_groups(*matrices: Tensor) -> int:
+    """Groups of channels that have a B or a C of their own."""
+    return max((m.shape[2] for m in matrices if m.dim() == 4), default=1)
+
+
 def selective_scan_ref(
     u: Tensor,
     delta: Tensor,
