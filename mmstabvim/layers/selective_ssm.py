@@ -1,7 +1,7 @@
 """One direction of the mixer: convolution, projections, selective scan."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class SelectiveSSM(nn.Module):
         kernel = self.conv1d.weight.squeeze(1)
         u = F.silu(causal_conv1d(x, kernel, self.conv1d.bias, self.reverse))
         dt, B, C = self.x_proj(u).split(self.sizes, dim=-1)
-        return selective_scan(
+        y = selective_scan(
             u,
             F.linear(dt, self.dt_proj.weight),
             self.state_matrix(),
@@ -89,6 +89,7 @@ class SelectiveSSM(nn.Module):
             channels_last=True,
             backend=self.backend,
         )
+        return cast(Tensor, y)  # alone, without the last state
 
     def extra_repr(self) -> str:
         """Show the direction in the module's repr."""

@@ -1,5 +1,6 @@
 """Save and restore the random number generators with a checkpoint."""
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -74,10 +75,12 @@ class RandomStateHook(Hook):
 
 def get_random_state() -> dict[str, Any]:
     """States of all generators, as tensors and plain Python objects."""
-    name, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    words = numpy_state['state']['key'].astype(np.int64)
+    numpy_state['state']['key'] = torch.from_numpy(words)
     return dict(
         python=random.getstate(),
-        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        numpy=numpy_state,
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state_all(),
     )
@@ -86,9 +89,10 @@ def get_random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Undo :func:`get_random_state`."""
     random.setstate(state['python'])
-    name, keys, *rest = state['numpy']
-    words = keys.cpu().numpy().astype(np.uint32)
-    np.random.set_state((name, words, *rest))
+    numpy_state = copy.deepcopy(state['numpy'])
+    words = numpy_state['state']['key'].cpu().numpy().astype(np.uint32)
+    numpy_state['state']['key'] = words
+    np.random.set_state(numpy_state)
     torch.set_rng_state(state['torch'].cpu())
     if len(state['cuda']) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])

@@ -10,13 +10,14 @@ the other accident, belongs to the optimizer: see the official config.)
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.init import trunc_normal_
 
 
-def init_default(model: nn.Module) -> None:
+def init_default(model: Any) -> None:
     """Initialize everything that PyTorch's defaults do not serve.
 
     Patch projection: LeCun normal; position embedding and class tokens:
@@ -40,7 +41,7 @@ def init_default(model: nn.Module) -> None:
             block.mixer.out_proj.weight /= math.sqrt(len(model.layers))
 
 
-def init_official(model: nn.Module) -> None:
+def init_official(model: Any) -> None:
     """Initialize as the published code does; see the module's docstring."""
     init_default(model)
     for block in model.layers:
@@ -50,7 +51,7 @@ def init_official(model: nn.Module) -> None:
                 nn.init.zeros_(direction.dt_proj.bias)
 
 
-INIT_RECIPES: dict[str, Callable[[nn.Module], None]] = {
+INIT_RECIPES: dict[str, Callable[[Any], None]] = {
     'default': init_default,
     'official': init_official,
 }
