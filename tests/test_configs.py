@@ -59,7 +59,7 @@ PARAMETERS = {
     'vim/vim-small-p16-s8_8xb128-30e_in1k.py': 25_796_584 + 533 * 384,
     'vim/vim-micro-p4_1xb128-200e_cifar10.py': 1_633_546,
     'vim/vim-micro-p4_1xb128-200e_cifar100.py': 1_633_546 + 90 * 129,
-    'vim/vim-nano-p4_1xb64-20e_digits.py': 146_570,
+    'vim/vim-nano-p4_1xb64-20e_digits.py': 111_946,
 }
 WIDTHS = {'tiny': 192, 'small': 384, 'base': 768, 'micro': 128, 'nano': 64}
 

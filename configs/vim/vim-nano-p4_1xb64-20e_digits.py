@@ -8,5 +8,5 @@ _base_ = [
 
 default_hooks = dict(
     logger=dict(interval=10),
-    checkpoint=dict(interval=5, save_best='auto'),
+    checkpoint=dict(interval=5),
 )

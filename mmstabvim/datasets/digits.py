@@ -139,8 +139,8 @@ class Digits(BaseDataset):
         """Turn (8, 8) values 0 .. 16 into an (H, W, 3) uint8 image."""
         gray = np.rint(values * (255 / MAX_VALUE)).astype(np.uint8)
         shape = (self.img_size, self.img_size)
-        gray = cv2.resize(gray, shape, interpolation=cv2.INTER_CUBIC)
-        return np.repeat(gray[..., None], 3, axis=2)  # (H, W, 3)
+        large = cv2.resize(gray, shape, interpolation=cv2.INTER_CUBIC)
+        return np.repeat(large[..., None], 3, axis=2)  # (H, W, 3)
 
     def get_cat_ids(self, idx: int) -> list[int]:
         """Class of a sample, for wrappers that balance classes.

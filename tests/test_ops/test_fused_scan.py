@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmstabvim.ops.selective_scan import fused, selective_scan
-from mmstabvim.ops.selective_scan.function import selective_scan_fused
+from mmstabvim.ops.selective_scan.function import selective_scan_op
 from mmstabvim.ops.selective_scan.reference import selective_scan_ref
 
 TOLERANCE = 3e-6
@@ -138,7 +138,7 @@ def assert_equal(actual, wanted):
 
 def check(inputs, calls, **options):
     """The fused path ran, and agrees with the definition in float64."""
-    actual = run(selective_scan_fused, inputs, **options)
+    actual = run(selective_scan_op, inputs, **options)
     assert calls == ['forward', 'backward']
     exact = run(selective_scan_ref, inputs, torch.float64, **options)
     assert_close(actual, exact)
@@ -225,8 +225,8 @@ def test_non_contiguous(axes, calls):
         name: strided(x, axes) if x.dim() > 2 else strided(x, (0,))
         for name, x in inputs.items()
     }
-    plain = selective_scan_fused(*inputs.values(), True, False, 'euler')
-    views = selective_scan_fused(*views.values(), True, False, 'euler')
+    plain = selective_scan_op(*inputs.values(), True, False, 'euler')
+    views = selective_scan_op(*views.values(), True, False, 'euler')
     assert calls == ['forward', 'forward']
     assert torch.equal(plain[0], views[0])
     assert torch.equal(plain[1], views[1])
@@ -236,7 +236,7 @@ def test_strided_gradient(calls):
     """The gradient of the output may have any layout."""
     inputs = make_inputs()
     leaf = inputs['u'].requires_grad_()
-    y, _ = selective_scan_fused(*inputs.values(), True, False, 'euler')
+    y, _ = selective_scan_op(*inputs.values(), True, False, 'euler')
     dy = torch.randn(y.shape)
     (plain,) = torch.autograd.grad(y, leaf, dy, retain_graph=True)
     by_channel = dy.transpose(1, 2).contiguous().transpose(1, 2)
@@ -248,10 +248,10 @@ def test_strided_gradient(calls):
 def test_same_bits(batch, calls, two_threads):
     """From run to run and for every number of threads."""
     inputs = make_inputs(batch=batch, length=65, dim=100)
-    first = run(selective_scan_fused, inputs)
-    assert_equal(run(selective_scan_fused, inputs), first)
+    first = run(selective_scan_op, inputs)
+    assert_equal(run(selective_scan_op, inputs), first)
     torch.set_num_threads(1)
-    assert_equal(run(selective_scan_fused, inputs), first)
+    assert_equal(run(selective_scan_op, inputs), first)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
@@ -259,8 +259,8 @@ def test_half_precision_inputs(dtype, calls):
     """As if the inputs had been converted first; gradients rounded once."""
     inputs = {k: x.to(dtype) for k, x in make_inputs().items()}
     widened = {k: x.float() for k, x in inputs.items()}
-    half = run(selective_scan_fused, inputs, dtype)
-    single = run(selective_scan_fused, widened)
+    half = run(selective_scan_op, inputs, dtype)
+    single = run(selective_scan_op, widened)
     rounded = {
         k: x.to(dtype) if k.startswith('d') else x for k, x in single.items()
     }
@@ -277,7 +277,7 @@ def test_mixes_with_the_torch_variant(switch, calls, monkeypatch):
     monkeypatch.setattr(
         fused, 'supports', lambda *args: next(answers) and supports(*args)
     )
-    actual = run(selective_scan_fused, inputs, reverse=True)
+    actual = run(selective_scan_op, inputs, reverse=True)
     assert calls == [switch]
     assert_close(actual, exact)
 
@@ -290,7 +290,7 @@ def decay(x):
     u = torch.tensor([2.0**110, 0.0])[None, :, None].expand(shape)
     matrix = torch.ones(1, 2, 1, 1)
     inputs = (u, delta, x[:, None], matrix, matrix, None, None)
-    return selective_scan_fused(*inputs, False, False, 'euler')[0][0, 1]
+    return selective_scan_op(*inputs, False, False, 'euler')[0][0, 1]
 
 
 def check_decay():
@@ -317,7 +317,7 @@ def test_softplus_is_accurate(calls):
     one, A = torch.ones_like(delta), torch.zeros(x.numel(), 1)
     matrix = torch.ones(1, 1, 1, 1)
     inputs = (one, delta, A, matrix, matrix, None, None)
-    y, _ = selective_scan_fused(*inputs, True, False, 'euler')
+    y, _ = selective_scan_op(*inputs, True, False, 'euler')
     y.sum().backward()
     wide = x.double()
     bound = 4 * torch.finfo(torch.float32).eps
@@ -336,7 +336,7 @@ def test_not_finite_stays_visible(name, value, calls):
     """Outputs and gradients are finite where the definition's are."""
     inputs = make_inputs(length=20, dim=5, state=2)
     inputs[name].view(-1)[inputs[name].numel() // 2] = value
-    actual = run(selective_scan_fused, inputs)
+    actual = run(selective_scan_op, inputs)
     exact = run(selective_scan_ref, inputs)
     assert calls == ['forward', 'backward']
     for key, wanted in exact.items():
@@ -369,14 +369,14 @@ def test_leaves_the_rest_to_torch(case, calls):
     dtypes, b_disc = UNSUPPORTED[case]
     inputs = {k: x.to(dtypes.get(k)) for k, x in make_inputs().items()}
     assert not fused.supports(*inputs.values(), b_disc)
-    selective_scan_fused(*inputs.values(), True, False, b_disc)
+    selective_scan_op(*inputs.values(), True, False, b_disc)
     assert not calls
 
 
 def test_environment_variable_turns_it_off(calls, monkeypatch):
     monkeypatch.setenv(fused.ENVIRONMENT_VARIABLE, '0')
     exact = run(selective_scan_ref, make_inputs(), torch.float64)
-    assert_close(run(selective_scan_fused, make_inputs()), exact)
+    assert_close(run(selective_scan_op, make_inputs()), exact)
     assert not calls
 
 
@@ -410,7 +410,7 @@ def test_falls_back(obstacle, calls, monkeypatch, tmp_path, messages):
     obstacle(monkeypatch, tmp_path)
     exact = run(selective_scan_ref, make_inputs(), torch.float64)
     for _ in range(2):
-        assert_close(run(selective_scan_fused, make_inputs()), exact)
+        assert_close(run(selective_scan_op, make_inputs()), exact)
     assert not calls
     assert len(messages) == 1
     assert '\n' not in messages[0]
@@ -478,14 +478,14 @@ def test_shares_the_openmp_runtime_of_torch(calls):
 
 
 def _scan_in_child(inputs, wanted):
-    y, _ = selective_scan_fused(*inputs.values(), True, False, 'euler')
+    y, _ = selective_scan_op(*inputs.values(), True, False, 'euler')
     raise SystemExit(0 if torch.equal(y, wanted) else 3)
 
 
 def test_runs_after_a_fork(calls, two_threads):
     """The parent's OpenMP threads are missing in a forked child."""
     inputs = make_inputs(batch=4)
-    y, _ = selective_scan_fused(*inputs.values(), True, False, 'euler')
+    y, _ = selective_scan_op(*inputs.values(), True, False, 'euler')
     context = multiprocessing.get_context('fork')
     child = context.Process(target=_scan_in_child, args=(inputs, y))
     child.start()

@@ -3,7 +3,7 @@ model = dict(
     type='ImageClassifier',
     backbone=dict(
         type='mmstabvim.VisionMamba',
-        arch=dict(embed_dims=64, num_layers=4, d_state=8),
+        arch=dict(embed_dims=64, num_layers=3, d_state=8),
         img_size=32,
         patch_size=4,
     ),

@@ -13,12 +13,12 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmstabvim.ops.selective_scan.discretization import B_DISCS
-from mmstabvim.ops.selective_scan.function import selective_scan_fused
+from mmstabvim.ops.selective_scan.function import selective_scan_op
 from mmstabvim.ops.selective_scan.reference import selective_scan_ref
 
 __all__ = ['BACKENDS', 'selective_scan', 'selective_scan_ref']
 
-BACKENDS = {'reference': selective_scan_ref, 'cpu': selective_scan_fused}
+BACKENDS = {'reference': selective_scan_ref, 'cpu': selective_scan_op}
 ENVIRONMENT_VARIABLE = 'MMSTABVIM_BACKEND'
 
 _announced: set[tuple[str, str]] = set()

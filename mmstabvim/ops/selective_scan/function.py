@@ -4,6 +4,7 @@
 has shapes without data, and is seen by ``FlopCounterMode``.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,127 +15,59 @@ from torch.utils.flop_counter import register_flop_formula
 from mmstabvim.ops.selective_scan import cpu
 from mmstabvim.ops.selective_scan.reference import compute_dtype, num_groups
 
+_INPUTS = (
+    'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, '
+    'Tensor? delta_bias, bool delta_softplus, bool reverse, str b_disc'
+)
 
-@torch.library.custom_op('mmstabvim::selective_scan', mutates_args=())
-def _scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.forward(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        delta_softplus,
-        reverse,
-        b_disc,
-        keep_states,
-    )
+_scan = torch.library.custom_op(
+    'mmstabvim::selective_scan',
+    cpu.forward,
+    mutates_args=(),
+    schema=f'({_INPUTS}, bool keep_states) -> (Tensor, Tensor, Tensor)',
+)
+_scan_backward = torch.library.custom_op(
+    'mmstabvim::selective_scan_backward',
+    cpu.backward,
+    mutates_args=(),
+    schema=f'(Tensor dy, Tensor? dlast, Tensor borders, {_INPUTS}) -> '
+    f'({", ".join(["Tensor"] * 7)})',
+)
 
 
 @_scan.register_fake
-def _scan_fake(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-    keep_states: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, _, _, _, keep_states = args
+    u, _, A, B, C, *_ = tensors
     batch, length, dim = u.shape
-    real = compute_dtype(u, delta, A, B, C, D, delta_bias)
-    wide = real.to_complex() if A.is_complex() else real
+    real, wide = _dtypes(tensors)
     chunks = -(-length // cpu.CHUNK) if keep_states else 0
-    groups = num_groups(B, C)
-    state = A.shape[1]
+    groups, state = num_groups(B, C), A.shape[1]
+    borders = (chunks, batch, groups, state, dim // groups)
     return (
         u.new_empty((batch, length, dim), dtype=real),
         u.new_empty((batch, dim, state), dtype=wide),
-        u.new_empty((chunks, batch, groups, state, dim // groups), dtype=wide),
-    )
-
-
-@torch.library.custom_op('mmstabvim::selective_scan_backward', mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    borders: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return cpu.backward(
-        dy,
-        dlast,
-        borders,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        delta_softplus,
-        reverse,
-        b_disc,
+        u.new_empty(borders, dtype=wide),
     )
 
 
 @_scan_backward.register_fake
-def _scan_backward_fake(
-    dy: Tensor,
-    dlast: Tensor | None,
-    borders: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    real = compute_dtype(u, delta, A, B, C, D, delta_bias)
-    wide = real.to_complex() if A.is_complex() else real
-
-    def like(x: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return u.new_empty((0,) if x is None else x.shape, dtype=dtype)
-
-    return (
-        like(u, real),
-        like(delta, real),
-        like(A, wide),
-        like(B, wide),
-        like(C, wide),
-        like(D, real),
-        like(delta_bias, real),
+def _scan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    tensors = args[3:-3]
+    real, wide = _dtypes(tensors)
+    dtypes = (real, real, wide, wide, wide, real, real)
+    return tuple(
+        tensors[0].new_empty((0,) if x is None else x.shape, dtype=dtype)
+        for x, dtype in zip(tensors, dtypes, strict=True)
     )
+
+
+def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[torch.dtype, ...]:
+    """Of u and what is real with it, and of A and what follows it."""
+    real = compute_dtype(*tensors)
+    a = tensors[2]
+    complex_a = a is not None and a.is_complex()
+    return real, real.to_complex() if complex_a else real
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -150,10 +83,7 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     borders, *tensors = ctx.saved_tensors
     if dy is None:
-        u, delta, A, B, C, D, bias = tensors
-        dy = u.new_zeros(
-            u.shape, dtype=compute_dtype(u, delta, A, B, C, D, bias)
-        )
+        dy = torch.zeros_like(tensors[0], dtype=_dtypes(tensors)[0])
     grads = _scan_backward(dy, dlast, borders, *tensors, *ctx.options)
     return (
         *(
@@ -231,7 +161,7 @@ complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[
 ] = _mmengine_formula
 
 
-def selective_scan_fused(
+def selective_scan_op(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
