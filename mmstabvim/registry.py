@@ -57,7 +57,7 @@ def suggest_types(error: KeyError) -> str | None:
         no name is near.
     """
     match = re.search(
-        r'(\S+) is not in the (\S+?)::(.+?) registry', str(error)
+        r'(\S+) is not in the (?:(\S+?)::)?(.+?) registry', str(error)
     )
     if match is None:
         return None
@@ -67,15 +67,20 @@ def suggest_types(error: KeyError) -> str | None:
     return f'near names: {", ".join(near)}' if near else None
 
 
-def _registered_names(registry_name: str, scope: str) -> list[str]:
+def _registered_names(registry_name: str, scope: str | None) -> list[str]:
     """List a registry's names in all scopes, as written in ``scope``."""
     names = []
     for root in vars(mmengine.registry).values():
-        if isinstance(root, Registry) and root.name == registry_name:
-            for registry in _with_children(root):
-                bare = registry.scope in (scope, root.scope)
-                prefix = '' if bare else f'{registry.scope}.'
-                names += [prefix + name for name in registry.module_dict]
+        if not isinstance(root, Registry):
+            continue
+        # a child's name may differ from its root's
+        called = {root.name, *(r.name for r in root.children.values())}
+        if registry_name not in called:
+            continue
+        for registry in _with_children(root):
+            bare = registry.scope in (scope, root.scope)
+            prefix = '' if bare else f'{registry.scope}.'
+            names += [prefix + name for name in registry.module_dict]
     return names
 
 

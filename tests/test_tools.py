@@ -459,6 +459,19 @@ def test_misspelt_type_names_near_ones(config):
         run(train, wrong)
 
 
+@pytest.mark.parametrize(
+    ('option', 'near'),
+    [
+        ('optim_wrapper.optimizer.type=SGDD', 'SGD'),
+        ('optim_wrapper.type=OptimWraper', 'OptimWrapper'),
+        ('param_scheduler.type=LinearL', 'LinearLR'),
+    ],
+)
+def test_misspelt_types_that_mmengine_words_differently(config, option, near):
+    with pytest.raises(KeyError, match=f'near names:.*{near}'):
+        run(train, config, '--cfg-options', option)
+
+
 @pytest.mark.parametrize('exists', [True, False], ids=['empty', 'missing'])
 def test_classification_without_images(config, images, tmp_path, exists):
     root = tmp_path / 'nothing_here'

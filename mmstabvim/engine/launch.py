@@ -238,15 +238,25 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        hint = None
-        if isinstance(error, KeyError):
-            hint = registry.suggest_types(error)
-        if hint is not None:
-            raise KeyError(f'{error.args[0]} {hint}') from error
+        unknown = _unknown_type(error)
+        hint = unknown and registry.suggest_types(unknown)
+        if unknown and (hint or unknown is not error):
+            raise KeyError(f'{unknown.args[0]} {hint or ""}') from error
         dataset = _dataset_being_loaded(error)
         if dataset is not None:
             raise ValueError(_describe_data(dataset, error)) from error
         raise
+
+
+def _unknown_type(error: Exception) -> KeyError | None:
+    """The error about a ``type``; mmengine has none for an optimizer's."""
+    if isinstance(error, KeyError):
+        return error
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_locals.get('optimizer_cls', error) is None:
+            name = frame.f_locals['self'].optimizer_cfg['type']
+            return KeyError(f'{name} is not in the optimizer registry.')
+    return None
 
 
 def _dataset_being_loaded(error: Exception) -> Any:

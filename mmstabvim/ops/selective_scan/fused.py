@@ -1,47 +1,23 @@
-"""Fused C++ path of the ``cpu`` backend, compiled at first use.
+"""Fused C++ path of the ``cpu`` backend, ``fused.cpp``.
 
-``fused.cpp`` is built with the system's compiler into a per-user cache and
-called through ctypes. Without a compiler, or with ``MMSTABVIM_FUSED=0``, the
-PyTorch variant in ``cpu.py`` computes the same function.
+Where it is not available the PyTorch variant in ``cpu.py`` computes the same
+function.
 """
 
 import ctypes
-import functools
-import hashlib
-import logging
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
+from mmstabvim.ops import native
 from mmstabvim.ops.selective_scan.reference import num_groups
 
-ENVIRONMENT_VARIABLE = 'MMSTABVIM_FUSED'
 SOURCE = Path(__file__).with_name('fused.cpp')
-COMPILERS = ('g++', 'clang++', 'c++')
-FLAGS = (
-    '-std=c++17',
-    '-O3',
-    '-march=native',
-    '-fopenmp',
-    '-shared',
-    '-fPIC',
-    '-ffp-contract=fast',
-)
 TASKS = 32
 """Tasks to split the work into; fixed, so that sums do not depend on the
 number of threads."""
-
-_DIGEST_SIZE = hashlib.sha256().digest_size
-_IMPORTING_PROCESS = os.getpid()
 
 
 class _View(ctypes.Structure):
@@ -126,7 +102,7 @@ def supports(
         and all(x.device.type == 'cpu' for x in given)
         and all(x.dtype in narrow for x in given)
         and len({m.shape[2] for m in (B, C) if m.dim() == 4}) <= 1
-        and os.environ.get(ENVIRONMENT_VARIABLE, '1') != '0'
+        and native.enabled()
         and library() is not None
     )
 
@@ -249,7 +225,7 @@ class _Call:
             state=A.shape[1],
             chunk=chunk,
             slabs=max(1, min(-(-TASKS // (batch * groups)), -(-dim // 16))),
-            threads=_threads(),
+            threads=native.threads(),
             softplus=delta_softplus,
             reverse=reverse,
             constant_b=B.dim() == 2,
@@ -310,16 +286,6 @@ def _matrix_view(x: Tensor) -> _View:
     return _View(x.data_ptr(), *x.stride()[:3])
 
 
-def _threads() -> int:
-    """PyTorch's setting, but 1 in a forked process.
-
-    OpenMP's threads do not survive a fork; waiting for them would hang.
-    """
-    if os.getpid() != _IMPORTING_PROCESS:
-        return 1
-    return torch.get_num_threads()
-
-
 def _built() -> ctypes.CDLL:
     built = library()
     if built is None:
@@ -327,93 +293,6 @@ def _built() -> ctypes.CDLL:
     return built
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled ``fused.cpp``, or None; says once why not."""
-    try:
-        return _load_or_build()
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        print_log(
-            'selective_scan runs without its fused C++ path: '
-            + ' '.join(str(error).split())[:300],
-            logger='current',
-            level=logging.INFO,
-        )
-        return None
-
-
-def _load_or_build() -> ctypes.CDLL:
-    compiler = _compiler()
-    path = _library_path(compiler)
-    if not _intact(path):
-        _build(compiler, path)
-    return ctypes.CDLL(str(path))
-
-
-def _compiler() -> list[str]:
-    """Command of the C++ compiler: CXX, or the first one found."""
-    names = (os.environ.get('CXX') or '', *COMPILERS)
-    for command in filter(None, map(shlex.split, names)):
-        if shutil.which(command[0]):
-            return command
-    raise RuntimeError(f'no C++ compiler (CXX, {", ".join(COMPILERS)})')
-
-
-def _library_path(compiler: list[str]) -> Path:
-    """Where the build is cached; the folder exists afterwards."""
-    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-    folder = Path(base, 'mmstabvim')
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / f'fused_scan_{_key(compiler)}.so'
-
-
-def _key(compiler: list[str]) -> str:
-    """Hash of everything the machine code depends on."""
-    version = subprocess.run(
-        [*compiler, '--version'], capture_output=True, check=True, timeout=60
-    ).stdout
-    described = repr((compiler, FLAGS, _cpu_model())).encode()
-    text = b'\n'.join((SOURCE.read_bytes(), version, described))
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
-def _cpu_model() -> list[str]:
-    """What ``-march=native`` looks at: machines may share a home folder."""
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    wanted = ('model name', 'flags', 'CPU part', 'Features')
-    return [
-        platform.machine(),
-        platform.processor(),
-        *sorted({line for line in lines if line.startswith(wanted)}),
-    ]
-
-
-def _intact(path: Path) -> bool:
-    """Whether the file is there and ends in the digest of what precedes.
-
-    Loading a truncated library could kill the process.
-    """
-    if not path.is_file():
-        return False
-    content = path.read_bytes()
-    code, digest = content[:-_DIGEST_SIZE], content[-_DIGEST_SIZE:]
-    return hashlib.sha256(code).digest() == digest
-
-
-def _build(compiler: list[str], path: Path) -> None:
-    """Compile beside ``path``, then rename: others may build it too."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        output = Path(folder, path.name)
-        done = subprocess.run(
-            [*compiler, *FLAGS, str(SOURCE), '-o', str(output)],
-            capture_output=True,
-            text=True,
-            errors='replace',
-            timeout=300,
-        )
-        if done.returncode:
-            raise RuntimeError(f'{compiler[0]} failed: {done.stderr}')
-        code = output.read_bytes()
-        output.write_bytes(code + hashlib.sha256(code).digest())
-        output.replace(path)
+    """The compiled ``fused.cpp``, or None."""
+    return native.load(SOURCE, 'selective_scan')

@@ -1,0 +1,25 @@
+"""The causal convolution in plain differentiable PyTorch."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    reverse: bool = False,
+    activation: str | None = None,
+) -> Tensor:
+    """As :func:`mmstabvim.ops.causal_conv1d`, any device and dtype."""
+    past = weight.shape[1] - 1
+    pad = (0, past) if reverse else (past, 0)
+    kernel = weight.flip(-1) if reverse else weight
+    out = F.conv1d(
+        F.pad(x.transpose(1, 2), pad),
+        kernel[:, None],
+        bias,
+        groups=x.shape[-1],
+    )
+    out = out.transpose(1, 2)
+    return F.silu(out) if activation == 'silu' else out
