@@ -9,6 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 VENV_PYTHON := $(VENV)/bin/python
+# Threads that wait for work give the core to whoever else needs it: on a
+# shared machine a training step is otherwise several times slower.
+export OMP_WAIT_POLICY ?= passive
 DEMO := vim-nano-p4_1xb64-20e_digits
 
 .PHONY: help setup demo test lint

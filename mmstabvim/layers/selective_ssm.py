@@ -73,7 +73,9 @@ class SelectiveSSM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, length, d_inner) to the scan's output, same shape."""
         kernel = self.conv1d.weight.squeeze(1)
-        u = F.silu(causal_conv1d(x, kernel, self.conv1d.bias, self.reverse))
+        u = causal_conv1d(
+            x, kernel, self.conv1d.bias, self.reverse, activation='silu'
+        )
         dt, B, C = self.x_proj(u).split(self.sizes, dim=-1)
         y = selective_scan(
             u,

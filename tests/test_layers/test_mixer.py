@@ -8,31 +8,7 @@ import torch.nn.functional as F
 
 from mmstabvim.layers import MambaMixer, RMSNorm, SelectiveSSM
 from mmstabvim.layers.state_matrix import build_state_matrix
-from mmstabvim.ops import causal_conv1d, rms_norm
-
-
-@pytest.mark.parametrize('length', [1, 2, 3, 13])
-@pytest.mark.parametrize('reverse', [False, True])
-def test_causal_conv_by_hand(length, reverse):
-    """Each token is the weighted sum of itself and its past."""
-    x, weight, bias = (
-        torch.randn(2, length, 3),
-        torch.randn(3, 4),
-        torch.ones(3),
-    )
-    out = causal_conv1d(x, weight, bias, reverse)
-    sign = 1 if reverse else -1
-    for t in range(length):
-        exact = bias.clone().expand(2, 3)
-        for k in range(4):
-            if 0 <= t + sign * k < length:
-                exact = exact + weight[:, 3 - k] * x[:, t + sign * k]
-        torch.testing.assert_close(out[:, t], exact, rtol=1e-5, atol=1e-5)
-
-
-def test_causal_conv_checks_shapes():
-    with pytest.raises(ValueError, match='weight'):
-        causal_conv1d(torch.zeros(1, 4, 3), torch.zeros(4, 3))
+from mmstabvim.ops import rms_norm
 
 
 def test_rms_norm_formula_and_dtype():

@@ -1,17 +1,17 @@
 """The fused C++ path of the ``cpu`` backend, against the definition."""
 
-import ctypes
 import multiprocessing
 import platform
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 
+from mmstabvim.ops import native
 from mmstabvim.ops.selective_scan import fused, selective_scan
 from mmstabvim.ops.selective_scan.function import selective_scan_op
 from mmstabvim.ops.selective_scan.reference import selective_scan_ref
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 TOLERANCE = 3e-6
 """Of an array's largest magnitude: what goldens of float32 may differ by."""
@@ -24,7 +24,7 @@ def calls(monkeypatch):
     """Names of the fused functions as they are called; skips without them."""
     if fused.library() is None:
         pytest.skip('no C++ compiler that can build the fused path')
-    monkeypatch.delenv(fused.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
     names = []
 
     def spy(name):
@@ -39,40 +39,6 @@ def calls(monkeypatch):
     spy('forward')
     spy('backward')
     return names
-
-
-@pytest.fixture
-def messages(monkeypatch):
-    """What the module logs, with a forgotten library before and after."""
-    lines = []
-    monkeypatch.setattr(
-        fused, 'print_log', lambda line, **_: lines.append(line)
-    )
-    fused.library.cache_clear()
-    yield lines
-    fused.library.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Quick on a busy machine; tests of threads ask for two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def two_threads(_one_thread):
-    torch.set_num_threads(2)
-
-
-@pytest.fixture
-def empty_cache(monkeypatch, tmp_path):
-    """A cache folder of the test's own, and a compiler in a hurry."""
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(fused, 'FLAGS', (*fused.FLAGS, '-O1'))
-    return tmp_path / 'mmstabvim'
 
 
 def make_inputs(
@@ -350,7 +316,7 @@ def test_not_finite_stays_visible(name, value, calls):
 @pytest.mark.parametrize('flag', ['-mno-avx512f', '-mno-avx'])
 def test_other_vector_lengths(flag, calls, monkeypatch, empty_cache, messages):
     """The portable code, with eight and with four lanes."""
-    monkeypatch.setattr(fused, 'FLAGS', (*fused.FLAGS, flag))
+    monkeypatch.setattr(native, 'FLAGS', (*native.FLAGS, flag))
     check(make_inputs(length=65, dim=21, state=6), calls)
     check_decay()
     assert not messages
@@ -374,107 +340,19 @@ def test_leaves_the_rest_to_torch(case, calls):
 
 
 def test_environment_variable_turns_it_off(calls, monkeypatch):
-    monkeypatch.setenv(fused.ENVIRONMENT_VARIABLE, '0')
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, '0')
     exact = run(selective_scan_ref, make_inputs(), torch.float64)
     assert_close(run(selective_scan_op, make_inputs()), exact)
     assert not calls
 
 
-def no_compiler(monkeypatch, folder):
-    monkeypatch.delenv('CXX', raising=False)
-    monkeypatch.setattr(fused, 'COMPILERS', ('no-such-compiler',))
-
-
-def failing_compiler(monkeypatch, folder):
-    monkeypatch.setenv('CXX', 'false')
-
-
-def broken_source(monkeypatch, folder):
-    source = folder / 'broken.cpp'
-    source.write_text('not C++')
-    monkeypatch.setattr(fused, 'SOURCE', source)
-
-
-def no_folder(monkeypatch, folder):
-    file = folder / 'file'
-    file.touch()
-    monkeypatch.setenv('XDG_CACHE_HOME', str(file))
-
-
-@pytest.mark.parametrize(
-    'obstacle', [no_compiler, failing_compiler, broken_source, no_folder]
-)
-def test_falls_back(obstacle, calls, monkeypatch, tmp_path, messages):
-    """The same numbers without it, and one line in the log."""
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    obstacle(monkeypatch, tmp_path)
+def test_falls_back(calls, no_compiler, messages):
+    """The same numbers without a compiler, and one line in the log."""
     exact = run(selective_scan_ref, make_inputs(), torch.float64)
     for _ in range(2):
         assert_close(run(selective_scan_op, make_inputs()), exact)
     assert not calls
     assert len(messages) == 1
-    assert '\n' not in messages[0]
-
-
-def empty(content):
-    return b''
-
-
-def no_library(content):
-    return b'\x7fELF'
-
-
-def cut(content):
-    return content[: len(content) // 2]
-
-
-@pytest.mark.parametrize('damage', [empty, no_library, cut])
-def test_rebuilds_a_broken_file(damage, calls, empty_cache, messages):
-    fused._load_or_build()
-    (path,) = empty_cache.glob('*.so')
-    content = path.read_bytes()
-    path.unlink()  # this process has the old file mapped: make another
-    path.write_bytes(damage(content))
-    check(make_inputs(), calls)
-    assert path.read_bytes() == content
-    assert not messages
-
-
-def test_builds_at_the_same_time(calls, empty_cache):
-    """Several builders leave one intact file and nothing else."""
-    built = []
-    builders = [
-        threading.Thread(target=lambda: built.append(fused._load_or_build()))
-        for _ in range(3)
-    ]
-    for builder in builders:
-        builder.start()
-    for builder in builders:
-        builder.join()
-    assert len(built) == 3
-    (path,) = empty_cache.iterdir()
-    assert fused._intact(path)
-
-
-def test_key_knows_the_processor(calls, monkeypatch):
-    """A home folder may be shared by machines of different kinds."""
-    compiler = fused._compiler()
-    here = fused._key(compiler)
-    monkeypatch.setattr(fused, '_cpu_model', lambda: ['another'])
-    assert fused._key(compiler) != here
-
-
-def test_shares_the_openmp_runtime_of_torch(calls):
-    """Two runtimes would mean two sets of threads."""
-    path = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
-    entry = 'GOMP_parallel'
-    if not path.exists() or not hasattr(ctypes.CDLL(str(path)), entry):
-        pytest.skip('this torch does not use GNU OpenMP')
-
-    def address(library):
-        return ctypes.cast(library[entry], ctypes.c_void_p).value
-
-    assert address(fused.library()) == address(ctypes.CDLL(str(path)))
 
 
 def _scan_in_child(inputs, wanted):

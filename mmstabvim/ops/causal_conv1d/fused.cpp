@@ -63,11 +63,11 @@ struct View {  // strides in elements; channels are contiguous
 
 struct Conv {
   int64_t batch, length, dim, width, spans, threads, reverse, silu;
-  View x, y, dy, dx;        // forward: x, y; backward: x, dy, dx
-  const float *taps;        // (width, dim), the last for the token itself
-  const float *bias;        // (dim,), may be null
-  float *parts;             // (batch, spans, width + 1, dim): dtaps, dbias
-  float *dweight, *dbias;   // (dim, width), (dim,)
+  View x, y, dy, dx;       // forward: x, y; backward: x, dy, dx
+  const float *taps;       // (width, dim), the last for the token itself
+  const float *bias;       // (dim,), may be null
+  float *parts;            // (batch, spans, width + 1, dim): dtaps, dbias
+  float *dweight, *dbias;  // (dim, width), (dim,)
 };
 
 // ------------------------------------------------------------------- tasks
@@ -85,7 +85,7 @@ template <int W>
 class Task {
  public:
   Task(const Conv &conv, int64_t index)
-      : c(conv), dim(conv.dim), zeros(conv.dim) {
+      : c(conv), dim(conv.dim), zeros(conv.dim), ring(W * conv.dim) {
     sequence = index / c.spans;
     start = c.length * (index % c.spans) / c.spans;
     stop = c.length * (index % c.spans + 1) / c.spans;
@@ -106,11 +106,10 @@ class Task {
   // Tokens after the span lend their g to dx, no more.
   void backward(float *part) {
     std::memset(part, 0, (W + 1) * dim * sizeof(float));
-    ring.assign(W * dim, 0.0f);
-    int64_t last = stop + W - 1 < c.length ? stop + W - 1 : c.length;
-    for (int64_t i = last - 1; i >= start; i--) {
+    for (int64_t i = start; i < stop + W - 1; i++) {
       write_g(i);
-      if (i < stop) write_gradients(i, part);
+      if (i < stop) add_to_sums(i, part);
+      if (i - (W - 1) >= start) write_dx(i - (W - 1));
     }
   }
 
@@ -118,7 +117,7 @@ class Task {
   const Conv &c;
   int64_t dim, sequence, start, stop;
   std::vector<float> zeros;  // (dim,)
-  std::vector<float> ring;   // (W, dim): g of a token and those after it
+  std::vector<float> ring;   // (W, dim): g of the last W tokens
   const float *bias;
 
   float *row(const View &view, int64_t i) const {
@@ -147,9 +146,13 @@ class Task {
   }
 
   void write_g(int64_t i) {
-    Rows<W> x = past(i);
-    const float *dy = row(c.dy, i);
     float *g = g_row(i);
+    if (i >= c.length) {
+      std::memset(g, 0, dim * sizeof(float));
+      return;
+    }
+    const float *dy = row(c.dy, i);
+    Rows<W> x = past(i);
     if (c.silu)
       for_each_channel(dim, [&](int64_t d) {
         g[d] = dy[d] * silu_slope(convolve(x, d));
@@ -158,16 +161,22 @@ class Task {
       std::memcpy(g, dy, dim * sizeof(float));
   }
 
-  void write_gradients(int64_t i, float *part) {
-    Rows<W> x = past(i), g;
+  void add_to_sums(int64_t i, float *part) {
+    const float *g = g_row(i);
+    Rows<W> x = past(i);
+    for_each_channel(dim, [&](int64_t d) {
+#pragma GCC unroll 8
+      for (int k = 0; k < W; k++)
+        part[(W - 1 - k) * dim + d] += g[d] * x[k][d];
+      part[W * dim + d] += g[d];
+    });
+  }
+
+  void write_dx(int64_t i) {
+    Rows<W> g;
     for (int k = 0; k < W; k++) g[k] = g_row(i + k);
     float *dx = row(c.dx, i);
-    for_each_channel(dim, [&](int64_t d) {
-      dx[d] = weigh(g, d, 0.0f);
-#pragma GCC unroll 8
-      for (int k = 0; k < W; k++) part[(W - 1 - k) * dim + d] += g[0][d] * x[k][d];
-      part[W * dim + d] += g[0][d];
-    });
+    for_each_channel(dim, [&](int64_t d) { dx[d] = weigh(g, d, 0.0f); });
   }
 };
 
@@ -176,19 +185,22 @@ void for_each_task(const Conv &c, Run run) {
   int64_t tasks = c.batch * c.spans;
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads) \
     if (c.threads > 1)
-  for (int64_t i = 0; i < tasks; i++) run(Task<W>(c, i), i);
+  for (int64_t i = 0; i < tasks; i++) {
+    Task<W> task(c, i);
+    run(task, i);
+  }
 }
 
 // Add up the parts, first to last, the taps into the layout of the weight.
 void sum_parts(const Conv &c) {
   int64_t size = (c.width + 1) * c.dim;
-  std::vector<float> sums(c.parts, c.parts + size);
+  std::vector<double> sums(c.parts, c.parts + size);
   for (int64_t i = 1; i < c.batch * c.spans; i++)
     for (int64_t k = 0; k < size; k++) sums[k] += c.parts[i * size + k];
   for (int64_t d = 0; d < c.dim; d++) {
     for (int64_t k = 0; k < c.width; k++)
-      c.dweight[d * c.width + k] = sums[k * c.dim + d];
-    c.dbias[d] = sums[c.width * c.dim + d];
+      c.dweight[d * c.width + k] = float(sums[k * c.dim + d]);
+    c.dbias[d] = float(sums[c.width * c.dim + d]);
   }
 }
 
@@ -208,14 +220,14 @@ void with_width(int64_t width, Run run) {
 
 extern "C" void mmstabvim_conv_forward(const Conv *c) {
   with_width(c->width, [&](auto width) {
-    for_each_task<width>(*c, [](auto task, int64_t) { task.forward(); });
+    for_each_task<width>(*c, [](auto &task, int64_t) { task.forward(); });
   });
 }
 
 extern "C" void mmstabvim_conv_backward(const Conv *c) {
   int64_t size = (c->width + 1) * c->dim;
   with_width(c->width, [&](auto width) {
-    for_each_task<width>(*c, [&](auto task, int64_t i) {
+    for_each_task<width>(*c, [&](auto &task, int64_t i) {
       task.backward(c->parts + i * size);
     });
   });

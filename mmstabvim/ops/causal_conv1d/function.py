@@ -1,0 +1,126 @@
+"""The fused convolution as a PyTorch operator of the CPU.
+
+``mmstabvim::causal_conv1d`` is opaque to ``torch.compile`` (no graph break),
+has shapes without data, and is counted as PyTorch's own convolution is.
+"""
+
+from typing import Any
+
+import torch
+from mmengine.analysis import complexity_analysis
+from mmengine.analysis.jit_handles import generic_activation_jit
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mmstabvim.ops.causal_conv1d import fused
+
+_INPUTS = (
+    'Tensor x, Tensor weight, Tensor? bias, bool reverse, str? activation'
+)
+
+_conv = torch.library.custom_op(
+    'mmstabvim::causal_conv1d',
+    fused.forward,
+    mutates_args=(),
+    device_types='cpu',
+    schema=f'({_INPUTS}) -> Tensor',
+)
+_conv_backward = torch.library.custom_op(
+    'mmstabvim::causal_conv1d_backward',
+    fused.backward,
+    mutates_args=(),
+    device_types='cpu',
+    schema=f'(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)',
+)
+
+
+@_conv.register_fake
+def _conv_fake(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_conv_backward.register_fake
+def _conv_backward_fake(
+    dy: Tensor, x: Tensor, weight: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dbias = weight.new_empty(weight.shape[:1])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, dweight, dbias = _conv_backward(dy, x, weight, bias, *ctx.options)
+    return dx, dweight, None if bias is None else dbias, None, None
+
+
+_conv.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def conv_flops(x_shape: tuple[int, ...], width: int) -> int:
+    """Floating-point operations of one forward pass.
+
+    As PyTorch counts a convolution: neither bias nor activation.
+
+    Args:
+        x_shape (tuple[int, ...]): (batch, length, dim).
+        width (int): Columns of the weight.
+
+    Returns:
+        int: Operations; one multiply-add counts as two.
+    """
+    return 2 * x_shape[0] * x_shape[1] * x_shape[2] * width
+
+
+@register_flop_formula(torch.ops.mmstabvim.causal_conv1d)
+def _forward_formula(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return conv_flops(x_shape, weight_shape[1])
+
+
+@register_flop_formula(torch.ops.mmstabvim.causal_conv1d_backward)
+def _backward_formula(
+    dy_shape: tuple[int, ...],
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    bias_shape: tuple[int, ...] | None,
+    reverse: bool,
+    activation: str | None,
+    **kwargs: Any,
+) -> int:
+    """Two convolutions, and the forward pass again for the activation."""
+    passes = 2 if activation is None else 3
+    return passes * conv_flops(x_shape, weight_shape[1])
+
+
+def _mmengine_formula(inputs: list[Any], outputs: list[Any]) -> int:
+    """MMEngine's unit is the multiply-add: half of our operations."""
+    x_shape, weight_shape = (value.type().sizes() for value in inputs[:2])
+    return conv_flops(x_shape, weight_shape[1]) // 2
+
+
+# MMEngine offers no public way to teach get_model_complexity_info an operator
+_NAME = 'mmstabvim::causal_conv1d'
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[_NAME] = _mmengine_formula
+complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[_NAME] = generic_activation_jit(
+    'conv'
+)
+
+
+def causal_conv1d_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    reverse: bool = False,
+    activation: str | None = None,
+) -> Tensor:
+    """The operator, with the signature of ``causal_conv1d_ref``."""
+    return _conv(x, weight, bias, reverse, activation)

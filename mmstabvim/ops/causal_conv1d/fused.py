@@ -1,0 +1,184 @@
+"""Fused C++ path on a CPU, ``fused.cpp``: convolution and SiLU in one."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmstabvim.ops import native
+
+SOURCE = Path(__file__).with_name('fused.cpp')
+MAX_WIDTH = 8
+"""Widths that ``fused.cpp`` is compiled for: 1 to this one."""
+
+SPAN = 64
+"""Most tokens of a task; fixed, so that sums do not depend on the number of
+threads."""
+
+
+class _View(ctypes.Structure):
+    """``View`` of fused.cpp: a tensor by its address and strides."""
+
+    _fields_ = (
+        ('data', ctypes.c_void_p),
+        ('batch', ctypes.c_int64),
+        ('token', ctypes.c_int64),
+    )
+
+
+class _Conv(ctypes.Structure):
+    """``Conv`` of fused.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                'batch',
+                'length',
+                'dim',
+                'width',
+                'spans',
+                'threads',
+                'reverse',
+                'silu',
+            )
+        ),
+        *((name, _View) for name in ('x', 'y', 'dy', 'dx')),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ('taps', 'bias', 'parts', 'dweight', 'dbias')
+        ),
+    )
+
+
+def supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the fused path can run these inputs here.
+
+    It needs CPU tensors of one dtype of at most 32 bits, at least one
+    element, at most ``MAX_WIDTH`` columns, and a compiler.
+    """
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        all(tensor.device.type == 'cpu' for tensor in given)
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(tensor.dtype == x.dtype for tensor in given)
+        and (bias is None or bias.shape == weight.shape[:1])
+        and 1 <= weight.shape[1] <= MAX_WIDTH
+        and 0 not in x.shape
+        and available()
+    )
+
+
+# torch.compile must not look inside: it knows no ctypes
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernel is built, or can be, and is not turned off."""
+    return native.enabled() and library() is not None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reverse: bool,
+    activation: str | None,
+) -> Tensor:
+    """As :func:`.reference.causal_conv1d_ref`."""
+    x, taps, bias_row = _rows(x), _taps(weight), _row(bias)
+    y = x.new_empty(x.shape)
+    conv = _arguments(x, taps, bias_row, reverse, activation, y=_view(y))
+    _built().mmstabvim_conv_forward(ctypes.byref(conv))
+    return y.to(weight.dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reverse: bool,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (whatever the latter, if absent)."""
+    x, dy, taps, bias_row = _rows(x), _rows(dy), _taps(weight), _row(bias)
+    dx = x.new_empty(x.shape)
+    dweight, dbias = dx.new_empty(weight.shape), dx.new_empty(x.shape[2])
+    width, dim = taps.shape
+    parts = dx.new_empty(x.shape[0], _spans(x), width + 1, dim)
+    conv = _arguments(
+        x,
+        taps,
+        bias_row,
+        reverse,
+        activation,
+        dy=_view(dy),
+        dx=_view(dx),
+        parts=parts.data_ptr(),
+        dweight=dweight.data_ptr(),
+        dbias=dbias.data_ptr(),
+    )
+    _built().mmstabvim_conv_backward(ctypes.byref(conv))
+    dtype = weight.dtype
+    return dx.to(dtype), dweight.to(dtype), dbias.to(dtype)
+
+
+def _arguments(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    reverse: bool,
+    activation: str | None,
+    **others: Any,
+) -> _Conv:
+    """What both passes pass on; the tensors must outlive the call."""
+    batch, length, dim = x.shape
+    return _Conv(
+        batch=batch,
+        length=length,
+        dim=dim,
+        width=taps.shape[0],
+        spans=_spans(x),
+        threads=native.threads(),
+        reverse=reverse,
+        silu=activation == 'silu',
+        x=_view(x),
+        taps=taps.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        **others,
+    )
+
+
+def _spans(x: Tensor) -> int:
+    return -(-x.shape[1] // SPAN)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Float32 with a contiguous last axis."""
+    x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _taps(weight: Tensor) -> Tensor:
+    return weight.float().t().contiguous()  # (width, dim)
+
+
+def _row(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float().contiguous()
+
+
+def _view(x: Tensor) -> _View:
+    return _View(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _built() -> ctypes.CDLL:
+    built = library()
+    if built is None:
+        raise RuntimeError('the fused convolution is not available')
+    return built
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled ``fused.cpp``, or None."""
+    return native.load(SOURCE, 'causal_conv1d')
