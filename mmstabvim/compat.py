@@ -5,6 +5,7 @@ is not needed, and can go when its note says so. Checkpoints are read by
 :mod:`mmstabvim.checkpoint`; here it is put into mmengine's loading paths.
 """
 
+import atexit
 import functools
 import importlib.util
 import os
@@ -255,6 +256,8 @@ def prepare_cpu_distributed(cfg: Any) -> None:
         return
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
+        # threads of a group that is still alive when Python ends abort it
+        atexit.register(_leave_process_group)
     cfg.env_cfg = _with_gloo(cfg.get('env_cfg') or {})
     cfg.model_wrapper_cfg = _wrapper_without_device(cfg)
     replaced = _replace_sync_bn(list(cfg.values()))
@@ -265,6 +268,11 @@ def prepare_cpu_distributed(cfg: Any) -> None:
             'statistics are those of each process.',
             logger='current',
         )
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _with_gloo(env_cfg: dict) -> dict:
