@@ -7,6 +7,7 @@ is not needed, and can go when its note says so. Checkpoints are read by
 
 import atexit
 import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -256,7 +257,6 @@ def prepare_cpu_distributed(cfg: Any) -> None:
         return
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-        # threads of a group that is still alive when Python ends abort it
         atexit.register(_leave_process_group)
     cfg.env_cfg = _with_gloo(cfg.get('env_cfg') or {})
     cfg.model_wrapper_cfg = _wrapper_without_device(cfg)
@@ -271,8 +271,11 @@ def prepare_cpu_distributed(cfg: Any) -> None:
 
 
 def _leave_process_group() -> None:
+    """End gloo's threads: one that meets the end of Python aborts it."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # they end with the last model that refers to the group
+    gc.collect()
 
 
 def _with_gloo(env_cfg: dict) -> dict:

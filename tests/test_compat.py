@@ -868,6 +868,54 @@ def test_two_processes_train_on_a_cpu(tmp_path):
     assert 'set_device' in without.stderr
 
 
+THREADS_AT_EXIT = """
+import atexit
+from pathlib import Path
+
+
+def report():
+    names = [p.read_text() for p in Path('/proc/self/task').glob('*/comm')]
+    print('gloo threads:', sum('gloo' in name for name in names))
+
+
+atexit.register(report)  # before the shim's, so it runs after it
+import torch
+from mmengine.config import Config
+from mmstabvim import compat
+
+compat.prepare_cpu_distributed(Config(dict(launcher='pytorch')))
+report()
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+model.itself = [model]  # a cycle, as a runner and its hooks are
+del model
+"""
+
+
+@pytest.mark.skipif(
+    not Path('/proc/self/task').exists(), reason='threads are listed in /proc'
+)
+def test_no_gloo_thread_meets_the_end_of_python():
+    """One that does aborts the process, now and then."""
+    port = str(random.randint(20000, 40000))
+    done = subprocess.run(
+        [sys.executable, '-c', THREADS_AT_EXIT],
+        capture_output=True,
+        text=True,
+        env=dict(
+            os.environ,
+            CUDA_VISIBLE_DEVICES='',
+            RANK='0',
+            WORLD_SIZE='1',
+            MASTER_ADDR='127.0.0.1',
+            MASTER_PORT=port,
+        ),
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if 'gloo' in line]
+    assert said[0] != 'gloo threads: 0'
+    assert said[-1] == 'gloo threads: 0'
+
+
 # --- configs and names ------------------------------------------------------
 
 
