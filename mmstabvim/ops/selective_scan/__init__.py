@@ -2,10 +2,12 @@
 
 ``reference`` is the definition in differentiable PyTorch, ``cpu`` the same
 function with a hand-written backward pass that stores states at chunk borders
-only. README.md beside this file derives the backward pass.
+only, ``triton`` that in kernels for a GPU. README.md beside this file derives
+the backward pass.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,19 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from mmstabvim.ops.selective_scan.discretization import B_DISCS
-from mmstabvim.ops.selective_scan.function import selective_scan_op
+from mmstabvim.ops.selective_scan.function import (
+    selective_scan_op,
+    selective_scan_triton_op,
+)
 from mmstabvim.ops.selective_scan.reference import selective_scan_ref
 
 __all__ = ['BACKENDS', 'selective_scan', 'selective_scan_ref']
 
-BACKENDS = {'reference': selective_scan_ref, 'cpu': selective_scan_op}
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    'reference': selective_scan_ref,
+    'cpu': selective_scan_op,
+    'triton': selective_scan_triton_op,
+}
 ENVIRONMENT_VARIABLE = 'MMSTABVIM_BACKEND'
 
 _announced: set[tuple[str, str]] = set()
@@ -83,9 +92,10 @@ def selective_scan(
             (batch, length, dim), ``B`` and ``C`` (batch, length, state) or
             (batch, length, groups, state), complex where ``A`` is. Defaults
             to False.
-        backend (str): ``'auto'``, ``'reference'`` or ``'cpu'``. ``'auto'``
-            obeys the environment variable MMSTABVIM_BACKEND, else chooses by
-            device. Defaults to ``'auto'``.
+        backend (str): ``'auto'``, ``'reference'``, ``'cpu'`` or ``'triton'``
+            (float32 state, at most 64 modes; not yet tried on a GPU).
+            ``'auto'`` obeys the environment variable MMSTABVIM_BACKEND, else
+            is ``'cpu'``. Defaults to ``'auto'``.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: The output, shape and dtype of ``u``;

@@ -4,6 +4,8 @@
 has shapes without data, and is seen by ``FlopCounterMode``.
 """
 
+import functools
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,22 +22,42 @@ _INPUTS = (
     'Tensor? delta_bias, bool delta_softplus, bool reverse, str b_disc'
 )
 
-_scan = torch.library.custom_op(
-    'mmstabvim::selective_scan',
-    cpu.forward,
-    mutates_args=(),
-    schema=f'({_INPUTS}, bool keep_states) -> (Tensor, Tensor, Tensor)',
-)
-_scan_backward = torch.library.custom_op(
-    'mmstabvim::selective_scan_backward',
-    cpu.backward,
-    mutates_args=(),
-    schema=f'(Tensor dy, Tensor? dlast, Tensor borders, {_INPUTS}) -> '
-    f'({", ".join(["Tensor"] * 7)})',
-)
+
+def _define(name: str, module: str) -> Any:
+    """The operator ``mmstabvim::<name>`` from a module of this folder.
+
+    The module is imported at the first call: triton is slow to import, and
+    not everywhere.
+    """
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return importlib.import_module(module, __package__).forward(*args)
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        return importlib.import_module(module, __package__).backward(*args)
+
+    scan = torch.library.custom_op(
+        f'mmstabvim::{name}',
+        forward,
+        mutates_args=(),
+        schema=f'({_INPUTS}, bool keep_states) -> (Tensor, Tensor, Tensor)',
+    )
+    scan_backward = torch.library.custom_op(
+        f'mmstabvim::{name}_backward',
+        backward,
+        mutates_args=(),
+        schema=f'(Tensor dy, Tensor? dlast, Tensor borders, {_INPUTS}) -> '
+        f'({", ".join(["Tensor"] * 7)})',
+    )
+    scan.register_fake(_scan_fake)
+    scan_backward.register_fake(_scan_backward_fake)
+    scan.register_autograd(
+        functools.partial(_autograd, scan_backward),
+        setup_context=_setup_context,
+    )
+    return scan
 
 
-@_scan.register_fake
 def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, _, _, _, keep_states = args
     u, _, A, B, C, *_ = tensors
@@ -51,7 +73,6 @@ def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@_scan_backward.register_fake
 def _scan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     tensors = args[3:-3]
     real, wide = _dtypes(tensors)
@@ -79,12 +100,16 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _autograd(
-    ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None
+    backward: Any,
+    ctx: Any,
+    dy: Tensor | None,
+    dlast: Tensor | None,
+    _: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     borders, *tensors = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(tensors[0], dtype=_dtypes(tensors)[0])
-    grads = _scan_backward(dy, dlast, borders, *tensors, *ctx.options)
+    grads = backward(dy, dlast, borders, *tensors, *ctx.options)
     return (
         *(
             None if x is None else grad.to(x.dtype)
@@ -97,7 +122,8 @@ def _autograd(
     )
 
 
-_scan.register_autograd(_autograd, setup_context=_setup_context)
+_scan = _define('selective_scan', '.cpu')
+_scan_triton = _define('selective_scan_triton', '.triton')
 
 
 def scan_flops(
@@ -124,7 +150,13 @@ def scan_flops(
     return tokens * (per_state * A_shape[1] + 6)
 
 
-@register_flop_formula(torch.ops.mmstabvim.selective_scan, get_raw=True)
+@register_flop_formula(
+    [
+        torch.ops.mmstabvim.selective_scan,
+        torch.ops.mmstabvim.selective_scan_triton,
+    ],
+    get_raw=True,
+)
 def _forward_formula(
     u: Tensor, delta: Tensor, A: Tensor, *args: Any, **kwargs: Any
 ) -> int:
@@ -132,7 +164,11 @@ def _forward_formula(
 
 
 @register_flop_formula(
-    torch.ops.mmstabvim.selective_scan_backward, get_raw=True
+    [
+        torch.ops.mmstabvim.selective_scan_backward,
+        torch.ops.mmstabvim.selective_scan_triton_backward,
+    ],
+    get_raw=True,
 )
 def _backward_formula(
     dy: Tensor,
@@ -156,9 +192,12 @@ def _mmengine_formula(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 # MMEngine offers no public way to teach get_model_complexity_info an operator
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[
-    'mmstabvim::selective_scan'
-] = _mmengine_formula
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
+    {
+        'mmstabvim::selective_scan': _mmengine_formula,
+        'mmstabvim::selective_scan_triton': _mmengine_formula,
+    }
+)
 
 
 def selective_scan_op(
@@ -172,11 +211,17 @@ def selective_scan_op(
     delta_softplus: bool,
     reverse: bool,
     b_disc: str,
+    scan: Any = _scan,
 ) -> tuple[Tensor, Tensor]:
     """The operator, with the signature of ``selective_scan_ref``."""
     tensors = (u, delta, A, B, C, D, delta_bias)
     keep = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in tensors
     )
-    y, last, _ = _scan(*tensors, delta_softplus, reverse, b_disc, keep)
+    y, last, _ = scan(*tensors, delta_softplus, reverse, b_disc, keep)
     return y, last
+
+
+selective_scan_triton_op = functools.partial(
+    selective_scan_op, scan=_scan_triton
+)
