@@ -9,9 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 VENV_PYTHON := $(VENV)/bin/python
-# Threads that wait for work give the core to whoever else needs it: on a
-# shared machine a training step is otherwise several times slower.
-export OMP_WAIT_POLICY ?= passive
+# Steps this small gain little from threads, and on a shared machine threads
+# that spin while they wait make them many times slower.
+export OMP_NUM_THREADS ?= 1
 DEMO := vim-nano-p4_1xb64-20e_digits
 
 .PHONY: help setup demo test lint
