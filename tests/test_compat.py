@@ -884,8 +884,8 @@ from mmengine.config import Config
 from mmstabvim import compat
 
 compat.prepare_cpu_distributed(Config(dict(launcher='pytorch')))
-report()
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+report()  # the model has used the group, so its threads are running
 model.itself = [model]  # a cycle, as a runner and its hooks are
 del model
 """
