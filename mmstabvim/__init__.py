@@ -13,7 +13,13 @@ from mmstabvim.version import __version__
 
 _PUBLIC = {
     'Digits': 'mmstabvim.datasets',
+    'DivergenceHook': 'mmstabvim.engine',
+    'EigenvalueClampingHook': 'mmstabvim.engine',
     'RandomStateHook': 'mmstabvim.engine',
+    'SpectralNormalizationHook': 'mmstabvim.engine',
+    'StabilityLoss': 'mmstabvim.models',
+    'StabilityLossHook': 'mmstabvim.engine',
+    'StabilityMonitorHook': 'mmstabvim.engine',
     'VisionMamba': 'mmstabvim.models',
 }
 

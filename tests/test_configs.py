@@ -196,7 +196,7 @@ def test_recipe(name):
 def test_imagenet_recipe(name):
     """Averaged weights, no clipping, mixup or cutmix, repeated views."""
     cfg = load(name)
-    (ema,) = cfg.custom_hooks
+    ema = cfg.default_hooks.ema
     assert (ema.type, ema.momentum) == ('EMAHook', pytest.approx(1 - 0.99996))
     assert 'clip_grad' not in cfg.optim_wrapper
     augments = [(a.type, a.alpha) for a in cfg.model.train_cfg.augments]

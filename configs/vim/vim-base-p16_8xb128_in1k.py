@@ -8,4 +8,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
+# decay 0.99996; validation and test see the averaged weights
+default_hooks = dict(ema=dict(type='EMAHook', momentum=4e-5))
+
 optim_wrapper = dict(optimizer=dict(weight_decay=0.05))

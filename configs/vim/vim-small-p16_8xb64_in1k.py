@@ -7,6 +7,9 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
+# decay 0.99996; validation and test see the averaged weights
+default_hooks = dict(ema=dict(type='EMAHook', momentum=4e-5))
+
 train_dataloader = dict(batch_size=64)
 
 optim_wrapper = dict(

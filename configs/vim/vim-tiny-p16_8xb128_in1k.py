@@ -7,3 +7,6 @@ _base_ = [
     '../_base_/schedules/imagenet_bs1024_adamw_vim.py',
     '../_base_/default_runtime.py',
 ]
+
+# decay 0.99996; validation and test see the averaged weights
+default_hooks = dict(ema=dict(type='EMAHook', momentum=4e-5))

@@ -1,5 +1,19 @@
 """Registered hooks and what the command-line tools share."""
 
-from mmstabvim.engine.hooks import RandomStateHook
+from mmstabvim.engine.hooks import (
+    DivergenceHook,
+    EigenvalueClampingHook,
+    RandomStateHook,
+    SpectralNormalizationHook,
+    StabilityLossHook,
+    StabilityMonitorHook,
+)
 
-__all__ = ['RandomStateHook']
+__all__ = [
+    'DivergenceHook',
+    'EigenvalueClampingHook',
+    'RandomStateHook',
+    'SpectralNormalizationHook',
+    'StabilityLossHook',
+    'StabilityMonitorHook',
+]

@@ -3,10 +3,10 @@
 import math
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmstabvim.layers.selective_ssm import SelectiveSSM
+from mmstabvim.layers.selective_ssm import SelectiveSSM, run_directions
+from mmstabvim.ops import gated_merge
 
 
 class MambaMixer(nn.Module):
@@ -56,6 +56,5 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens (batch, length, d_model)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        merged = sum(direction(x) for direction in self.directions)
-        merged = merged * F.silu(z) / len(self.directions)
-        return self.out_proj(merged)
+        outputs = run_directions(self.directions, x)
+        return self.out_proj(gated_merge(outputs, z))

@@ -1,14 +1,16 @@
 """One direction of the mixer: convolution, projections, selective scan."""
 
 import math
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmstabvim.layers.state_matrix import build_state_matrix
-from mmstabvim.ops import causal_conv1d, selective_scan
+from mmstabvim.layers.state_matrix import ScanMatrices, build_state_matrix
+from mmstabvim.ops import causal_conv1d_directions, selective_scan_directions
+from mmstabvim.stability.eigenbasis import matrix_exponential_scan
 
 
 class SelectiveSSM(nn.Module):
@@ -30,6 +32,9 @@ class SelectiveSSM(nn.Module):
             to ``'euler'``.
         backend (str): Backend of the scan. Defaults to ``'auto'``.
 
+    ``observers`` are called in each forward pass with the step sizes
+    (batch, length, d_inner), after softplus.
+
     Source: arXiv:2312.00752, Algorithm 2; arXiv:2401.09417, Algorithm 1.
     """
 
@@ -48,14 +53,16 @@ class SelectiveSSM(nn.Module):
         backend: str = 'auto',
     ) -> None:
         super().__init__()
-        self.sizes = [dt_rank, d_state, d_state]
-        self.reverse, self.b_disc, self.backend = reverse, b_disc, backend
-        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
-        self.x_proj = nn.Linear(d_inner, sum(self.sizes), bias=False)
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.state_matrix = build_state_matrix(
             d_inner, d_state, **(state_matrix or {})
         )
+        width = self.state_matrix.numbers * d_state
+        self.sizes = [dt_rank, width, width]
+        self.reverse, self.b_disc, self.backend = reverse, b_disc, backend
+        self.observers: list[Callable[[Tensor], None]] = []
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
+        self.x_proj = nn.Linear(d_inner, sum(self.sizes), bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner)
         self.D = nn.Parameter(torch.ones(d_inner))
         self.reset_step_size()
 
@@ -70,29 +77,108 @@ class SelectiveSSM(nn.Module):
         # inverse of softplus
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
+    def step_size(self, raw: Tensor) -> Tensor:
+        """Step size from its projection, float32 or wider."""
+        wide = torch.promote_types(raw.dtype, torch.float32)
+        return F.softplus(raw.to(wide) + self.dt_proj.bias.to(wide))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, length, d_inner) to the scan's output, same shape."""
-        kernel = self.conv1d.weight.squeeze(1)
-        u = causal_conv1d(
-            x, kernel, self.conv1d.bias, self.reverse, activation='silu'
-        )
-        dt, B, C = self.x_proj(u).split(self.sizes, dim=-1)
-        y = selective_scan(
-            u,
-            F.linear(dt, self.dt_proj.weight),
-            self.state_matrix(),
-            B,
-            C,
-            self.D,
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
-            reverse=self.reverse,
-            b_disc=self.b_disc,
-            channels_last=True,
-            backend=self.backend,
-        )
-        return cast(Tensor, y)  # alone, without the last state
+        return run_directions([self], x)[0]
 
     def extra_repr(self) -> str:
         """Show the direction in the module's repr."""
         return f'reverse={self.reverse}'
+
+
+def run_directions(directions: Iterable[SelectiveSSM], x: Tensor) -> Tensor:
+    """Run several selective SSMs of one shape over the same tokens.
+
+    Each operation takes all directions at once.
+
+    Args:
+        directions (Iterable[SelectiveSSM]): At least one; sizes, ``b_disc``
+            and ``backend`` are those of the first.
+        x (Tensor): (batch, length, d_inner).
+
+    Returns:
+        Tensor: (directions, batch, length, d_inner), the scans' outputs.
+    """
+    directions = list(directions)
+    u = causal_conv1d_directions(
+        x,
+        torch.stack([d.conv1d.weight.squeeze(1) for d in directions]),
+        torch.stack([d.conv1d.bias for d in directions]),
+        [d.reverse for d in directions],
+        activation='silu',
+    )
+    dt, B, C = _project(u, [d.x_proj.weight for d in directions]).split(
+        directions[0].sizes, dim=-1
+    )
+    delta = _project(dt, [d.dt_proj.weight for d in directions])
+    for d, step in zip(directions, delta, strict=True):
+        for observer in d.observers:
+            observer(d.step_size(step))
+    systems = [
+        d.state_matrix.scan_matrices(B[k], C[k])
+        for k, d in enumerate(directions)
+    ]
+    usable = [system for system in systems if system is not None]
+    if len(usable) == len(systems):
+        return _scan(directions, u, delta, usable)
+    each = zip(directions, u, delta, B, C, systems, strict=True)
+    return torch.stack([_scan_alone(*given) for given in each])
+
+
+def _project(x: Tensor, weights: list[Tensor]) -> Tensor:
+    """(directions, batch, length, in) to (..., out), a weight for each."""
+    product = torch.bmm(x.flatten(1, 2), torch.stack(weights).mT)
+    return product.unflatten(1, x.shape[1:3])
+
+
+def _scan(
+    directions: Sequence[SelectiveSSM],
+    u: Tensor,
+    delta: Tensor,
+    systems: Sequence[ScanMatrices],
+) -> Tensor:
+    """All directions at once."""
+    first = directions[0]
+    A, B, C = (torch.stack(m) for m in zip(*systems, strict=True))
+    return selective_scan_directions(
+        u,
+        delta,
+        A,
+        B,
+        C,
+        torch.stack([d.D for d in directions]),
+        torch.stack([d.dt_proj.bias for d in directions]),
+        delta_softplus=True,
+        reverse=[d.reverse for d in directions],
+        b_disc=first.b_disc,
+        backend=first.backend,
+    )
+
+
+def _scan_alone(
+    direction: SelectiveSSM,
+    u: Tensor,
+    delta: Tensor,
+    B: Tensor,
+    C: Tensor,
+    system: ScanMatrices | None,
+) -> Tensor:
+    """One direction, by the matrix exponential if it has no eigenbasis."""
+    if system is not None:
+        return _scan([direction], u[None], delta[None], [system])[0]
+    y, _ = matrix_exponential_scan(
+        u,
+        direction.step_size(delta),
+        direction.state_matrix.dense(),
+        B,
+        C,
+        direction.D,
+        direction.b_disc,
+        direction.reverse,
+    )
+    return y.to(u.dtype)

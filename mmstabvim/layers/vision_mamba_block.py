@@ -2,12 +2,14 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmstabvim.layers.drop_path import DropPath
 from mmstabvim.layers.mamba_mixer import MambaMixer
-from mmstabvim.layers.rms_norm import RMSNorm
+from mmstabvim.layers.rms_norm import AddRMSNorm
+from mmstabvim.ops.rms_norm import add_residual
+
+__all__ = ['VisionMambaBlock', 'add_residual']
 
 
 class VisionMambaBlock(nn.Module):
@@ -27,7 +29,7 @@ class VisionMambaBlock(nn.Module):
         self, d_model: int, drop_path: float = 0.0, **mixer: Any
     ) -> None:
         super().__init__()
-        self.norm = RMSNorm(d_model)
+        self.norm = AddRMSNorm(d_model)
         self.mixer = MambaMixer(d_model, **mixer)
         self.drop_path = DropPath(drop_path)
 
@@ -45,11 +47,5 @@ class VisionMambaBlock(nn.Module):
         Returns:
             tuple[Tensor, Tensor]: Two tensors of the same shape.
         """
-        residual = add_residual(self.drop_path(hidden), residual)
-        return self.mixer(self.norm(residual)), residual
-
-
-def add_residual(hidden: Tensor, residual: Tensor | None) -> Tensor:
-    """Add to the residual stream, kept in float32 or wider."""
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return hidden if residual is None else residual + hidden
+        normed, residual = self.norm(self.drop_path(hidden), residual)
+        return self.mixer(normed), residual

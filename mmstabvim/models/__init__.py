@@ -1,5 +1,6 @@
-"""Registered models."""
+"""Registered models and losses."""
 
 from mmstabvim.models.backbones import VisionMamba
+from mmstabvim.models.losses import StabilityLoss
 
-__all__ = ['VisionMamba']
+__all__ = ['StabilityLoss', 'VisionMamba']

@@ -28,8 +28,5 @@ train_cfg = dict(by_epoch=True, max_epochs=300, val_interval=1)
 val_cfg = {}
 test_cfg = {}
 
-# decay 0.99996; validation and test see the averaged weights
-custom_hooks = [dict(type='EMAHook', momentum=4e-5)]
-
 # `--auto-scale-lr` scales the learning rate from this total batch size
 auto_scale_lr = dict(base_batch_size=1024)

@@ -23,6 +23,7 @@ from mmstabvim.layers.position_embedding import (
     resize_position_embedding,
     split_tokens,
 )
+from mmstabvim.layers.state_matrix import decompose_together
 from mmstabvim.layers.vision_mamba_block import add_residual
 from mmstabvim.models.backbones.vision_mamba_init import INIT_RECIPES
 from mmstabvim.registry import MODELS
@@ -89,8 +90,11 @@ class VisionMamba(BaseModule):
             block: ``base_size`` (14; positions that a side spans) and
             ``residual`` (True; rotate the residual stream too). Defaults to
             None: without.
-        state_matrix (dict, optional): Parametrization of the state matrix,
-            ``dict(type='neg_exp')`` if None. Defaults to None.
+        state_matrix (dict, optional): Parametrization of the state matrix:
+            ``type`` is ``'neg_exp'`` (as published), ``'signed'``,
+            ``'complex'`` or ``'full'``, the rest its options (see
+            :mod:`mmstabvim.layers.state_matrix`). ``dict(type='neg_exp')`` if
+            None. Defaults to None.
         b_disc (str): Discretization of B, ``'euler'`` as published, or
             ``'zoh'``. Defaults to ``'euler'``.
         scan_backend (str): Backend of the scan. Defaults to ``'auto'``.
@@ -213,6 +217,11 @@ class VisionMamba(BaseModule):
             the form given by ``out_type``.
         """
         self._check_image(image)
+        decompose_together(
+            ssm.state_matrix
+            for block in self.layers
+            for ssm in block.mixer.directions
+        )
         hidden, grid = self._embed(image)
         residual, outputs = None, []
         for i, block in enumerate(self.layers):

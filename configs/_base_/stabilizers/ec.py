@@ -1,0 +1,4 @@
+# Eigenvalue clamping.
+custom_hooks = [
+    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+]

@@ -1,0 +1,2 @@
+# No stabilizer: the baseline.
+custom_hooks = []

@@ -1,0 +1,5 @@
+# Spectral normalization.
+custom_hooks = [
+    # literal: the radius of every matrix is at most 1 per step
+    dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
+]

@@ -1,0 +1,70 @@
+"""Keep the eigenvalues of the state matrices in the stable half plane."""
+
+from mmstabvim.engine.hooks.stabilizer_hook import StabilizerHook
+from mmstabvim.layers.state_matrix import EigenvalueClamping, StateMatrix
+from mmstabvim.registry import HOOKS
+
+
+@HOOKS.register_module()
+class EigenvalueClampingHook(StabilizerHook):
+    """``Re(lambda) <= -eps`` for every eigenvalue after each optimizer step.
+
+    Acts after :class:`SpectralNormalizationHook` when both are used. The
+    structure of a full matrix, blocks plus low rank, is kept, and the
+    eigenvalues are checked to obey after it.
+
+    Args:
+        domain (str): ``'continuous'``, or ``'discrete'`` for
+            ``|exp(delta_ref lambda)| <= 1 - margin`` with the phase kept.
+            Defaults to ``'continuous'``.
+        eps (float): Distance kept from instability, >= 0, 1/step; continuous
+            domain. Defaults to 0.01.
+        margin (float): Share forgotten per reference step, in (0, 1);
+            discrete domain. Defaults to 1e-3.
+        delta_ref (float): Reference step of the discrete domain, in steps.
+            Defaults to 0.1.
+        lambda_max (float, optional): Also ``Re(lambda) >= -lambda_max``.
+            Defaults to None.
+        method (str, optional): For full matrices ``'eig'``, ``'schur'`` or
+            ``'shift'``; None is ``'shift'`` in place, ``'eig'`` in the
+            forward pass. Defaults to None.
+        mode (str): ``'project'`` in place after each step, or ``'reparam'``
+            in every forward pass. Defaults to ``'project'``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        domain: str = 'continuous',
+        eps: float = 0.01,
+        margin: float = 1e-3,
+        delta_ref: float = 0.1,
+        lambda_max: float | None = None,
+        method: str | None = None,
+        mode: str = 'project',
+    ) -> None:
+        super().__init__(mode)
+        if mode == 'reparam' and method == 'schur':
+            raise ValueError(
+                "method 'schur' is not differentiable: choose 'eig' or "
+                "'shift' with mode='reparam'"
+            )
+        self.rule = EigenvalueClamping(
+            domain, eps, margin, delta_ref, lambda_max, method
+        )
+
+    def rule_for(self, name: str, matrix: StateMatrix) -> EigenvalueClamping:
+        """The same for every matrix."""
+        return self.rule
+
+    def why_idle(self, matrix: StateMatrix) -> str | None:
+        """Without a distance a stable parametrization obeys always."""
+        if (
+            not matrix.can_be_unstable
+            and self.rule.floor == 0
+            and self.rule.lambda_max is None
+        ):
+            return f'{type(matrix).__name__} has negative real parts only'
+        return None

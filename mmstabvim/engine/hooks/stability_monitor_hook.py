@@ -1,0 +1,305 @@
+"""Watch the state matrices, step sizes and gradients during training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor
+
+from mmstabvim.engine.hooks.stabilizer_hook import (
+    StabilizerHook,
+    bare_model,
+    find_matrices,
+    optimizers_of,
+)
+from mmstabvim.layers.selective_ssm import SelectiveSSM
+from mmstabvim.layers.state_matrix import StateMatrix
+from mmstabvim.registry import HOOKS
+from mmstabvim.stability.penalty import stability_penalty
+
+QUANTILES = (0.01, 0.5, 0.99)
+FILE_NAME = 'stability.jsonl'
+"""In the folder of the run; one JSON object per record."""
+
+SUMMARY = {
+    'spectral_radius': max,
+    'spectral_abscissa': max,
+    'decay_max': max,
+    'horizon': max,
+    'delta_max': max,
+    'condition': max,
+    'stability_penalty': sum,
+    'grad_norm': max,
+    'projected_share': max,
+    'projection_distance': max,
+}
+"""What is logged as one number over all layers and directions, and how."""
+
+
+@HOOKS.register_module()
+class StabilityMonitorHook(Hook):
+    """Record every few iterations how stable each layer and direction is.
+
+    For each: ``spectral_radius`` and ``spectral_abscissa`` of A (1/step),
+    ``condition`` of the eigenvectors, ``stability_penalty`` (sum of the real
+    parts above ``eps``), quantiles of the step size of this batch
+    (``delta_q01``, ``delta_q50``, ``delta_q99``, ``delta_min``,
+    ``delta_max``, ``delta_mean``), the range of ``|exp(delta A)|``
+    (``decay_min``, ``decay_max``), the memory ``horizon`` of the slowest mode
+    in tokens (1 over the product of the mean
+    step and the real part), the norm of A's gradient as
+    the optimizer sees it (unscaled and clipped), and what the stabilizers
+    did: ``projected_share`` of the parameters and ``projection_distance``.
+
+    Written to ``stability.jsonl`` in the run's folder, to every visual
+    backend as ``stab/<layer>/<name>``, and in one number over all layers to
+    the message hub as ``train/stab/<name>``, which the log shows.
+
+    All numbers of a record reach the host in one transfer.
+
+    Args:
+        interval (int): Iterations between two records. Defaults to 50.
+        eps (float): Threshold of the penalty, 1/step. Defaults to 0.01.
+        eigenvalue_interval (int): Records between two that hold the
+            eigenvalues themselves; 0 for none. Defaults to 10.
+        max_eigenvalues (int): Eigenvalues kept of each layer and direction,
+            evenly spread over its channels. Defaults to 256.
+
+    Raises:
+        ValueError: If an interval is out of range.
+    """
+
+    # after the gradients are there, before the log is written
+    priority = 'ABOVE_NORMAL'
+
+    def __init__(
+        self,
+        interval: int = 50,
+        eps: float = 0.01,
+        eigenvalue_interval: int = 10,
+        max_eigenvalues: int = 256,
+    ) -> None:
+        if interval < 1 or eigenvalue_interval < 0 or max_eigenvalues < 1:
+            raise ValueError(
+                'interval and max_eigenvalues must be at least 1 and '
+                f'eigenvalue_interval at least 0, got {interval}, '
+                f'{max_eigenvalues} and {eigenvalue_interval}'
+            )
+        self.interval, self.eps = interval, eps
+        self.eigenvalue_interval = eigenvalue_interval
+        self.max_eigenvalues = max_eigenvalues
+        self._steps: dict[str, dict[str, Tensor]] = {}
+        self._grads: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._records = 0
+
+    def before_train(self, runner: Runner) -> None:
+        """Look at gradients inside the step: after it they are gone."""
+        matrices = find_matrices(runner, type(self).__name__)
+
+        def look(*_: Any) -> None:
+            if self._is_due(runner):
+                self._grads = gradient_norms(matrices)
+
+        for optimizer in optimizers_of(runner.optim_wrapper, matrices):
+            self._handles.append(optimizer.register_step_pre_hook(look))
+
+    def after_train(self, runner: Runner) -> None:
+        """Stop looking."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
+    ) -> None:
+        """Start to look, in an iteration that is to be recorded."""
+        if not self._is_due(runner):
+            return
+        self._steps.clear()
+        self._grads.clear()
+        for name, ssm in _ssms(runner).items():
+            ssm.observers.append(self._observer(name))
+        for hook in _stabilizers(runner):
+            hook.measuring = True
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write the record, stop looking."""
+        if not self._is_due(runner):
+            return
+        ssms = _ssms(runner)
+        table = {name: self._row(name, ssm) for name, ssm in ssms.items()}
+        for hook in _stabilizers(runner):
+            hook.measuring = False
+            for name, values in hook.measured.items():
+                row = table[name.removesuffix('.state_matrix')]
+                for key, value in values.items():
+                    row[key] = row[key].maximum(value) if key in row else value
+            hook.measured.clear()
+        for ssm in ssms.values():
+            ssm.observers.clear()
+        rows = to_floats(table)
+        self._publish(runner, rows)
+        self._write(runner, rows, ssms)
+        self._records += 1
+
+    def _is_due(self, runner: Runner) -> bool:
+        return runner.iter % self.interval == 0
+
+    def _observer(self, name: str) -> Any:
+        """Called by a direction with its step sizes; last call counts."""
+
+        @torch.no_grad()
+        def look(delta: Tensor) -> None:
+            flat = delta.detach().float().flatten(0, -2)  # (tokens, d_inner)
+            self._steps[name] = {
+                'min': flat.amin(0),
+                'max': flat.amax(0),
+                'mean': flat.mean(0),
+                'quantiles': quantiles(flat),
+            }
+
+        return look
+
+    @torch.no_grad()
+    def _row(self, name: str, ssm: SelectiveSSM) -> dict[str, Tensor]:
+        """Scalars of one direction of one layer, on its device."""
+        matrix = ssm.state_matrix
+        values = matrix.eigenvalues()
+        row = {
+            'spectral_radius': values.abs().amax(),
+            'spectral_abscissa': values.real.amax(),
+            'stability_penalty': matrix.multiplicity
+            * stability_penalty(matrix.raw_eigenvalues(), self.eps, 'sum'),
+            'condition': matrix.condition(),
+        }
+        if f'{name}.state_matrix' in self._grads:
+            row['grad_norm'] = self._grads[f'{name}.state_matrix']
+        if name in self._steps:
+            row |= _step_rows(values.real, self._steps[name], matrix.d_inner)
+        return row
+
+    def _publish(self, runner: Runner, rows: dict[str, dict]) -> None:
+        for key, combine in SUMMARY.items():
+            found = [row[key] for row in rows.values() if key in row]
+            if found:
+                runner.message_hub.update_scalar(
+                    f'train/stab/{key}', combine(found)
+                )
+        runner.visualizer.add_scalars(
+            {
+                f'stab/{name}/{key}': value
+                for name, row in rows.items()
+                for key, value in row.items()
+            },
+            step=runner.iter + 1,
+        )
+
+    @master_only
+    def _write(
+        self,
+        runner: Runner,
+        rows: dict[str, dict],
+        ssms: dict[str, SelectiveSSM],
+    ) -> None:
+        record: dict[str, Any] = {
+            'step': runner.iter + 1,
+            'layers': list(rows),
+        }
+        keys = dict.fromkeys(key for row in rows.values() for key in row)
+        for key in keys:
+            record[key] = [row.get(key) for row in rows.values()]
+        due = self.eigenvalue_interval
+        if due and self._records % due == 0:
+            record['eigenvalues'] = {
+                name: _some(ssm.state_matrix, self.max_eigenvalues)
+                for name, ssm in ssms.items()
+            }
+        with Path(runner.log_dir, FILE_NAME).open('a') as file:
+            file.write(json.dumps(record) + '\n')
+
+
+def gradient_norms(
+    matrices: dict[str, StateMatrix],
+) -> dict[str, Tensor]:
+    """Norm of the gradient of each matrix that has one, by its name."""
+    norms = {}
+    for name, matrix in matrices.items():
+        grads = [p.grad for p in matrix.raw() if p.grad is not None]
+        if grads:
+            each = [grad.detach().float().norm() for grad in grads]
+            norms[name] = torch.stack(each).norm()
+    return norms
+
+
+def to_floats(
+    table: dict[str, dict[str, Tensor]],
+) -> dict[str, dict[str, float]]:
+    """Scalars of a table on the host, in one transfer."""
+    flat = [x.float() for row in table.values() for x in row.values()]
+    numbers = iter(torch.stack(flat).tolist())
+    return {
+        name: {key: next(numbers) for key in row}
+        for name, row in table.items()
+    }
+
+
+def quantiles(x: Tensor, most: int = 1 << 16) -> Tensor:
+    """Quantiles of all elements, of an even sample where there are many."""
+    flat = x.reshape(-1)
+    flat = flat[:: -(-flat.numel() // most)]
+    return torch.quantile(flat, flat.new_tensor(QUANTILES))
+
+
+def _step_rows(
+    real: Tensor, steps: dict[str, Tensor], d_inner: int
+) -> dict[str, Tensor]:
+    """What follows from the eigenvalues' real parts and the step sizes."""
+    real = real.repeat_interleave(d_inner // len(real), 0)
+    low, high = real.amin(-1), real.amax(-1)  # (d_inner,)
+    least, most = steps['min'], steps['max']
+    slowest = torch.where(high > 0, most * high, least * high).amax()
+    fastest = torch.where(low > 0, least * low, most * low).amin()
+    horizon = 1 / (real.abs().amin(-1) * steps['mean'])
+    names = [f'delta_q{round(100 * q):02d}' for q in QUANTILES]
+    return {
+        'delta_min': least.amin(),
+        'delta_max': most.amax(),
+        'delta_mean': steps['mean'].mean(),
+        **dict(zip(names, steps['quantiles'], strict=True)),
+        'decay_max': slowest.exp(),
+        'decay_min': fastest.exp(),
+        'horizon': horizon.amax(),
+    }
+
+
+def _ssms(runner: Runner) -> dict[str, SelectiveSSM]:
+    """Directions of the model's layers by their names."""
+    find_matrices(runner, StabilityMonitorHook.__name__)
+    return {
+        name: module
+        for name, module in bare_model(runner.model).named_modules()
+        if isinstance(module, SelectiveSSM)
+    }
+
+
+def _stabilizers(runner: Runner) -> list[StabilizerHook]:
+    return [h for h in runner.hooks if isinstance(h, StabilizerHook)]
+
+
+@torch.no_grad()
+def _some(matrix: StateMatrix, most: int) -> list[list[float]]:
+    """Eigenvalues as (real, imaginary), evenly spread over the channels."""
+    flat = matrix.eigenvalues().reshape(-1)
+    flat = flat[:: -(-flat.numel() // most)]
+    return torch.view_as_real(flat + 0j).tolist()

@@ -1,0 +1,232 @@
+"""What the hooks that constrain state matrices have in common."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch import nn
+from torch.optim import Optimizer
+
+from mmstabvim.layers.state_matrix import (
+    Constraint,
+    StateMatrix,
+    check_finite,
+    state_matrices,
+)
+from mmstabvim.layers.state_matrix.constraints import check_choice
+
+MODES = ('project', 'reparam')
+
+
+class StabilizerHook(Hook):
+    """Make every state matrix of the model obey a rule during training.
+
+    ``mode='project'`` changes the parameters in place, once before training
+    (after loading or resuming) and then inside each optimizer step, through
+    the optimizer's own post-step hook: a step that accumulates gradients, or
+    that fp16 training skips, projects nothing. Averages kept by ``EMAHook``
+    are projected before they are evaluated or saved.
+
+    ``mode='reparam'`` leaves the parameters free and applies the rule in
+    every forward pass, with gradients through it.
+
+    Args:
+        mode (str): ``'project'`` or ``'reparam'``.
+    """
+
+    # before EMAHook, whose averages are projected before it swaps them in
+    priority = 'ABOVE_NORMAL'
+
+    rule: Constraint
+    """What the hook asks for."""
+
+    def __init__(self, mode: str) -> None:
+        check_choice('mode', mode, MODES)
+        self.mode = mode
+        self.measuring = False
+        self.measured: dict[str, dict[str, torch.Tensor]] = {}
+        self._handles: list[Any] = []
+
+    # ----------------------------------------------------- of a stabilizer
+
+    def rule_for(self, name: str, matrix: StateMatrix) -> Constraint:
+        """The rule of one matrix."""
+        raise NotImplementedError
+
+    def why_idle(self, matrix: StateMatrix) -> str | None:
+        """Why the rule can never change this matrix; None if it can."""
+        return None
+
+    # ---------------------------------------------------------- life cycle
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the matrices, apply the rules once, arm the optimizers."""
+        matrices = find_matrices(runner, type(self).__name__)
+        self._say_if_idle(matrices)
+        if self.mode == 'reparam':
+            self._install(matrices)
+            return
+        ours = _hooks(runner, 'project')
+        if ours[0] is not self:
+            return  # the first one acts for all, in their order
+        project(ours, matrices)
+        for optimizer in optimizers_of(runner.optim_wrapper, matrices):
+            self._handles.append(
+                optimizer.register_step_post_hook(
+                    lambda *_: project(ours, matrices)
+                )
+            )
+
+    def after_train(self, runner: Runner) -> None:
+        """Disarm, so that a second run does not project twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def before_val(self, runner: Runner) -> None:
+        """The rules of the forward pass hold when a model is evaluated."""
+        if self.mode == 'reparam':
+            self._install(find_matrices(runner, type(self).__name__))
+
+    def before_test(self, runner: Runner) -> None:
+        """As before validation."""
+        self.before_val(runner)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Project the averages that EMAHook is about to swap in."""
+        self._project_averages(runner)
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        """As before validation."""
+        self._project_averages(runner)
+
+    def before_save_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Project the averages that EMAHook is about to save."""
+        self._project_averages(runner)
+
+    # --------------------------------------------------------------- parts
+
+    def apply_(self, matrices: Mapping[str, StateMatrix]) -> None:
+        """Project each matrix in place."""
+        for name, matrix in matrices.items():
+            before = [p.detach().clone() for p in self._measured_of(matrix)]
+            matrix.apply_(self.rule_for(name, matrix))
+            if before:
+                self.measured[name] = _changes(before, matrix.raw())
+
+    def _measured_of(self, matrix: StateMatrix) -> tuple[torch.Tensor, ...]:
+        return matrix.raw() if self.measuring else ()
+
+    def _install(self, matrices: Mapping[str, StateMatrix]) -> None:
+        """Add the rule to the forward pass, in the order of the hooks."""
+        for name, matrix in matrices.items():
+            rule = self.rule_for(name, matrix)
+            others = [
+                r
+                for r in matrix.reparametrizations
+                if type(r) is not type(rule)
+            ]
+            matrix.reparametrizations = sorted(
+                [*others, rule], key=lambda r: r.order
+            )
+
+    def _project_averages(self, runner: Runner) -> None:
+        ours = _hooks(runner, 'project')
+        if not ours or ours[0] is not self:
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model'):
+                project(ours, state_matrices(hook.ema_model.module))
+
+    def _say_if_idle(self, matrices: Mapping[str, StateMatrix]) -> None:
+        reasons = {self.why_idle(matrix) for matrix in matrices.values()}
+        if None not in reasons:
+            print_log(
+                f'{type(self).__name__} never changes this model: '
+                + '; '.join(sorted(map(str, reasons))),
+                logger='current',
+                level=30,
+            )
+
+
+def find_matrices(runner: Runner, what: str) -> dict[str, StateMatrix]:
+    """The state matrices of the runner's model.
+
+    Args:
+        runner (Runner): The runner.
+        what (str): Who needs them, for the error.
+
+    Raises:
+        RuntimeError: If the model has none.
+    """
+    matrices = state_matrices(bare_model(runner.model))
+    if not matrices:
+        raise RuntimeError(
+            f'{what} found no state matrix in {type(runner.model).__name__}: '
+            "it needs a backbone such as 'mmstabvim.VisionMamba'"
+        )
+    return matrices
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model inside a wrapper for distributed training."""
+    return model.module if is_model_wrapper(model) else model
+
+
+def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:
+    """The runner's stabilizers of a mode in the order in which they act.
+
+    It does not depend on their order in the config.
+    """
+    ours = (h for h in runner.hooks if isinstance(h, StabilizerHook))
+    return sorted(
+        (h for h in ours if h.mode == mode), key=lambda h: h.rule.order
+    )
+
+
+@torch.no_grad()
+def project(
+    hooks: list[StabilizerHook], matrices: Mapping[str, StateMatrix]
+) -> None:
+    check_finite(matrices)
+    for hook in hooks:
+        hook.apply_(matrices)
+
+
+def optimizers_of(
+    wrapper: Any, matrices: Mapping[str, StateMatrix]
+) -> Iterator[Optimizer]:
+    """The optimizers that train a state matrix."""
+    wrappers = (
+        wrapper.values()
+        if isinstance(wrapper, OptimWrapperDict)
+        else [wrapper]
+    )
+    ours = {id(p) for matrix in matrices.values() for p in matrix.raw()}
+    for one in wrappers:
+        groups = one.optimizer.param_groups
+        if any(id(p) in ours for group in groups for p in group['params']):
+            yield one.optimizer
+
+
+def _changes(
+    before: list[torch.Tensor], after: tuple[torch.Tensor, ...]
+) -> dict[str, torch.Tensor]:
+    """How far a projection went, and what share of the numbers it moved."""
+    moved = [(a != b).sum() for a, b in zip(after, before, strict=True)]
+    squares = [
+        (a - b).float().square().sum()
+        for a, b in zip(after, before, strict=True)
+    ]
+    return {
+        'projection_distance': torch.stack(squares).sum().sqrt(),
+        'projected_share': torch.stack(moved).sum()
+        / sum(x.numel() for x in before),
+    }

@@ -1,0 +1,190 @@
+"""Rules that a state matrix can be made to obey.
+
+A rule is called with a state matrix and parameters, and returns parameters
+that obey it: :meth:`.base.StateMatrix.apply_` writes them back, a
+reparametrization computes with them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmstabvim.layers.state_matrix.base import Params, StateMatrix
+
+DOMAINS = ('continuous', 'discrete')
+GRANULARITIES = ('channel', 'layer', 'block')
+RADII = ('exact', 'gelfand')
+METHODS = ('eig', 'schur', 'shift')
+
+
+@dataclass(frozen=True)
+class SpectralNormalization:
+    """Bound the spectral radius of A, or of ``exp(delta_ref A)``.
+
+    Continuous: ``A / max(1, radius / rho_max)``. Discrete: the matrix that
+    takes the state to the next token, ``exp(delta_ref A)``, is divided so,
+    which is ``A - s I`` with ``s = max(0, abscissa - ln(rho_max) /
+    delta_ref)``; for ``rho_max = 1`` it is the same for every step size.
+
+    Args:
+        rho_max (float | Tensor): Largest radius allowed, > 0, in 1/step
+            (continuous) or dimensionless, at most 1 (discrete); a tensor
+            (rows,) has one for each matrix. Defaults to 1.0.
+        domain (str): ``'continuous'`` or ``'discrete'``. Defaults to
+            ``'continuous'``.
+        granularity (str): What shares one scale: a matrix (``'channel'``),
+            all matrices of a direction of a layer (``'layer'``), or each
+            block and the low-rank term by itself (``'block'``; says nothing
+            about the radius of their sum). Defaults to ``'channel'``.
+        delta_ref (float): Step size of the discrete domain, in steps.
+            Matters for ``rho_max < 1`` only. Defaults to 0.1.
+        radius (str): ``'exact'``, or ``'gelfand'``: an upper bound without
+            eigenvalues, at most a few percent too large. Defaults to
+            ``'exact'``.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: arXiv:1802.05957 for the idea; Gelfand's formula for the bound.
+    """
+
+    order: ClassVar[int] = 0
+    """Rules with a smaller one act first."""
+
+    rho_max: float | Tensor = 1.0
+    domain: str = 'continuous'
+    granularity: str = 'channel'
+    delta_ref: float = 0.1
+    radius: str = 'exact'
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_choice('domain', self.domain, DOMAINS)
+        check_choice('granularity', self.granularity, GRANULARITIES)
+        check_choice('radius', self.radius, RADII)
+        check_positive('delta_ref', self.delta_ref)
+        discrete = self.domain == 'discrete'
+        if discrete and self.granularity == 'block':
+            raise ValueError(
+                "granularity 'block' needs the continuous domain: a shift "
+                'moves all blocks alike'
+            )
+        if isinstance(self.rho_max, Tensor):
+            if discrete:
+                raise ValueError(
+                    'rho_max must be a number in the discrete domain, got a '
+                    'tensor'
+                )
+            return
+        check_positive('rho_max', self.rho_max)
+        if discrete and self.rho_max > 1:
+            raise ValueError(
+                'rho_max must be at most 1 in the discrete domain, got '
+                f'{self.rho_max!r}'
+            )
+
+    @property
+    def abscissa_limit(self) -> float | None:
+        """Largest real part that the rule leaves, 1/step; None if any."""
+        if self.domain == 'continuous':
+            return None
+        return math.log(self.rho_max) / self.delta_ref
+
+    def __call__(self, matrix: StateMatrix, params: Params) -> Params:
+        """The parameters, scaled or shifted as far as the bound asks."""
+        return matrix.normalize(params, self)
+
+
+@dataclass(frozen=True)
+class EigenvalueClamping:
+    """Bound the real parts of the eigenvalues of A.
+
+    Continuous: ``Re <= -eps``. Discrete: ``|exp(delta_ref lambda)| <= 1 -
+    margin`` with the phase kept, which is the same rule with ``eps =
+    -ln(1 - margin) / delta_ref``.
+
+    Args:
+        domain (str): ``'continuous'`` or ``'discrete'``. Defaults to
+            ``'continuous'``.
+        eps (float): Distance kept from instability, >= 0, 1/step; continuous
+            domain. Defaults to 0.01.
+        margin (float): Share that is forgotten per reference step, in (0,
+            1); discrete domain. Defaults to 1e-3.
+        delta_ref (float): Reference step of the discrete domain, in steps.
+            Defaults to 0.1, the largest step at initialization.
+        lambda_max (float, optional): Also ``Re >= -lambda_max``, a floor
+            against modes that forget at once; for a full matrix as well as
+            its structure can hold it. Defaults to None.
+        method (str, optional): For a full matrix: ``'eig'`` clamps in the
+            eigenbasis, ``'schur'`` in the real Schur form, ``'shift'`` moves
+            all eigenvalues alike, which keeps block and low-rank structure
+            exactly. None is ``'shift'`` in place and ``'eig'`` in the
+            forward pass. Diagonal matrices clamp each eigenvalue whatever
+            the method. Defaults to None.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    order: ClassVar[int] = 1
+
+    domain: str = 'continuous'
+    eps: float = 0.01
+    margin: float = 1e-3
+    delta_ref: float = 0.1
+    lambda_max: float | None = None
+    method: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        check_choice('domain', self.domain, DOMAINS)
+        if self.method is not None:
+            check_choice('method', self.method, METHODS)
+        if not self.eps >= 0:
+            raise ValueError(f'eps must be at least 0, got {self.eps!r}')
+        if not 0 < self.margin < 1:
+            raise ValueError(
+                f'margin must be between 0 and 1, got {self.margin!r}'
+            )
+        check_positive('delta_ref', self.delta_ref)
+        if self.lambda_max is not None and not self.lambda_max >= self.floor:
+            raise ValueError(
+                f'lambda_max must be at least the distance {self.floor!r} '
+                f'that eps or margin asks for, got {self.lambda_max!r}'
+            )
+
+    @property
+    def floor(self) -> float:
+        """Least distance of the real parts from zero, 1/step."""
+        if self.domain == 'continuous':
+            return self.eps
+        return -math.log1p(-self.margin) / self.delta_ref
+
+    @property
+    def abscissa_limit(self) -> float:
+        """Largest real part that the rule leaves, 1/step."""
+        return -self.floor
+
+    def __call__(self, matrix: StateMatrix, params: Params) -> Params:
+        """The parameters, moved as far as the bounds ask."""
+        return matrix.clamp(params, self)
+
+
+Constraint = SpectralNormalization | EigenvalueClamping
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {choices}, got {value!r}')
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless the value is positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f'{name} must be positive and finite, got {value!r}')

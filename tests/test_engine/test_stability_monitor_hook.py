@@ -1,0 +1,210 @@
+"""What the monitor records, and that it changes nothing."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from small_runs import digits_config, scalars, train
+
+from mmstabvim import StabilityMonitorHook
+from mmstabvim.engine.hooks import stability_monitor_hook
+from mmstabvim.engine.hooks.stability_monitor_hook import (
+    gradient_norms,
+    quantiles,
+    to_floats,
+)
+from mmstabvim.layers.state_matrix import build_state_matrix, state_matrices
+
+LAYERS = [
+    f'backbone.layers.{layer}.mixer.directions.{direction}'
+    for layer in range(2)
+    for direction in range(2)
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+    cfg = digits_config(tmp_path)
+    cfg.train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=5)
+    cfg.default_hooks.pop('monitor', None)
+    cfg.custom_hooks = [
+        dict(type='mmstabvim.StabilityMonitorHook', interval=2)
+    ]
+    return cfg
+
+
+def records(cfg):
+    (path,) = Path(cfg.work_dir).glob('*/stability.jsonl')
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize('kind', ['neg_exp', 'signed', 'complex', 'full'])
+def test_records_every_layer_and_direction(config, kind):
+    config.model.backbone.state_matrix = dict(type=kind)
+    config.custom_hooks += [
+        dict(type='mmstabvim.SpectralNormalizationHook', rho_max=2.0),
+        dict(type='mmstabvim.EigenvalueClampingHook'),
+    ]
+    runner = train(config)
+    rows = records(config)
+    assert [row['step'] for row in rows] == [1, 3, 5]
+    for row in rows:
+        assert row['layers'] == LAYERS
+        for key, values in row.items():
+            if key in ('step', 'layers', 'eigenvalues'):
+                continue
+            assert len(values) == 4, key
+            assert all(map(math.isfinite, values)), key
+    last = rows[-1]
+    assert max(last['spectral_radius']) <= 2.0 * (1 + 1e-4)
+    assert min(last['condition']) >= 1
+    for low, middle, high in zip(
+        last['decay_min'], last['delta_mean'], last['decay_max'], strict=True
+    ):
+        assert 0 <= low < high <= 1
+        assert 0 < middle < 1
+    ordered = ['delta_min', 'delta_q01', 'delta_q50', 'delta_q99', 'delta_max']
+    columns = [last[name] for name in ordered]
+    assert all(list(c) == sorted(c) for c in zip(*columns, strict=True))
+    assert min(last['grad_norm']) > 0
+    assert set(rows[0]['eigenvalues']) == set(LAYERS)
+    assert 'eigenvalues' not in last
+    # nobody looks any more
+    for module in runner.model.modules():
+        assert not getattr(module, 'observers', [])
+
+
+def test_numbers_of_the_first_step(config):
+    """Against the model itself: nothing has been trained before it."""
+    config.optim_wrapper.optimizer.lr = 0.0
+    runner = train(config)
+    row = records(config)[0]
+    matrix = build_state_matrix(32, 4)
+    real = matrix.eigenvalues()
+    assert row['spectral_radius'] == pytest.approx([4.0] * 4)
+    assert row['spectral_abscissa'] == pytest.approx([-1.0] * 4)
+    assert row['stability_penalty'] == [0.0] * 4
+    assert row['condition'] == [1.0] * 4
+    for low, high, least, most in zip(
+        row['decay_min'],
+        row['decay_max'],
+        row['delta_min'],
+        row['delta_max'],
+        strict=True,
+    ):
+        assert low == pytest.approx(math.exp(-4.0 * most), rel=1e-5)
+        assert high == pytest.approx(math.exp(-1.0 * least), rel=1e-5)
+    eigenvalues = torch.tensor(row['eigenvalues'][LAYERS[0]])
+    assert torch.allclose(eigenvalues[:, 0], real.detach().flatten())
+    assert not eigenvalues[:, 1].any()
+    assert runner.iter == 6
+
+
+def test_projections_are_measured(config):
+    """Literal normalization moves every entry of S4D-Real the first time."""
+    config.custom_hooks += [
+        dict(type='mmstabvim.SpectralNormalizationHook', rho_max=0.5)
+    ]
+    config.optim_wrapper.optimizer = dict(
+        type='SGD', lr=30.0, weight_decay=0.0
+    )
+    config.param_scheduler = []
+    train(config)
+    last = records(config)[-1]
+    assert max(last['projected_share']) > 0
+    assert max(last['projection_distance']) > 0
+    assert max(last['projected_share']) <= 1
+
+
+def test_penalty_counts_what_exceeds(config):
+    config.model.backbone.state_matrix = dict(type='signed')
+    config.custom_hooks[0]['eps'] = -2.5
+    config.optim_wrapper.optimizer.lr = 0.0
+    train(config)
+    # -1 and -2 of the modes -1 ... -4 exceed -2.5, on 32 channels
+    assert records(config)[0]['stability_penalty'] == [32 * (1.5 + 0.5)] * 4
+
+
+def test_reaches_the_log_and_the_visual_backends(config):
+    train(config)
+    assert list(scalars(config, 'stab/spectral_radius').values())
+    name = f'stab/{LAYERS[2]}/delta_q50'
+    assert sorted(scalars(config, name)) == [1, 3, 5]
+
+
+def test_training_is_the_same_with_and_without(config):
+    watched = train(config).model.state_dict()
+    config.custom_hooks = []
+    plain = train(config).model.state_dict()
+    assert all(torch.equal(watched[name], plain[name]) for name in plain)
+
+
+def test_bfloat16(config):
+    """Step sizes of autocast, eigenvalues in float32."""
+    config.optim_wrapper.type = 'AmpOptimWrapper'
+    config.optim_wrapper.dtype = 'bfloat16'
+    train(config)
+    radius = records(config)[0]['spectral_radius']
+    assert radius == pytest.approx([4.0] * 4, rel=0.01)
+
+
+def test_one_transfer_to_the_host(monkeypatch):
+    """All scalars of a record are stacked first."""
+    calls = []
+    stack = torch.stack
+
+    def counted(tensors, *args, **kwargs):
+        calls.append(len(tensors))
+        return stack(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(stability_monitor_hook.torch, 'stack', counted)
+    table = {
+        'a': {'x': torch.tensor(1.0), 'y': torch.tensor(2.0).double()},
+        'b': {'x': torch.tensor(3)},
+    }
+    assert to_floats(table) == {'a': {'x': 1.0, 'y': 2.0}, 'b': {'x': 3.0}}
+    assert calls == [3]
+
+
+def test_quantiles_of_many_numbers():
+    x = torch.linspace(0, 1, 1 << 18)[torch.randperm(1 << 18)]
+    found = quantiles(x.reshape(512, 512))
+    assert found.tolist() == pytest.approx([0.01, 0.5, 0.99], abs=0.01)
+
+
+def test_gradient_norms():
+    matrix = build_state_matrix(2, 2, 'complex', real_part='free')
+    matrix.re.grad = torch.full((2, 2), 1.0)
+    matrix.im.grad = torch.full((2, 2), -2.0)
+    still = build_state_matrix(2, 2)
+    norms = gradient_norms({'a': matrix, 'b': still})
+    assert list(norms) == ['a']
+    assert norms['a'].item() == pytest.approx(math.sqrt(20))
+
+
+def test_a_model_without_state_matrix_is_refused(config):
+    config = Config(config.to_dict())
+    config.model.backbone = dict(type='ResNet', depth=18, in_channels=1)
+    config.model.neck = dict(type='GlobalAveragePooling')
+    config.model.head.in_channels = 512
+    with pytest.raises(RuntimeError, match='StabilityMonitorHook found no'):
+        train(config)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [dict(interval=0), dict(eigenvalue_interval=-1), dict(max_eigenvalues=0)],
+    ids=str,
+)
+def test_bad_arguments(options):
+    with pytest.raises(ValueError, match='must be at least 1'):
+        StabilityMonitorHook(**options)
+
+
+def test_found_by_the_model_s_names(config):
+    model = train(config).model
+    names = [f'{name}.state_matrix' for name in LAYERS]
+    assert list(state_matrices(model)) == names
