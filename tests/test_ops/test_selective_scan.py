@@ -1,13 +1,22 @@
 """The scan against stored numbers, against itself, and bad input."""
 
+import importlib
+import importlib.util
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmstabvim.ops import selective_scan
-from mmstabvim.ops.selective_scan import cpu, selective_scan_ref
+from mmstabvim.ops import selective_scan, selective_scan_directions
+from mmstabvim.ops.selective_scan import (
+    ScanInputs,
+    _resolve,
+    cpu,
+    has_triton,
+    selective_scan_ref,
+)
 from mmstabvim.ops.selective_scan.function import scan_flops
 
 NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'z', 'delta_bias')
@@ -298,11 +307,12 @@ def test_no_tensor_with_states_of_all_tokens():
     inputs = make_inputs(batch, length, dim, state)
     z, bias = inputs.pop('z'), inputs.pop('delta_bias')
     tensors = (*inputs.values(), bias)
+    given = ScanInputs(*(x[None] for x in tensors), True, (False,), 'euler')
     # inside the operator a dispatch mode sees nothing: call its parts
     with LargestTensor() as forward:
-        y, _, borders = cpu.forward(*tensors, True, False, 'euler', True)
+        y, _, borders = cpu.forward(given, True)
     with LargestTensor() as backward:
-        cpu.backward(z, None, borders, *tensors, True, False, 'euler')
+        cpu.backward(z[None], None, borders, given)
     assert borders.numel() == whole // cpu.CHUNK
     assert y.numel() <= forward.numel <= whole // cpu.CHUNK
     assert y.numel() <= backward.numel <= whole // cpu.CHUNK
@@ -335,15 +345,101 @@ def test_autocast_does_not_touch_the_state():
         assert all(torch.equal(plain[k], under[k]) for k in plain)
 
 
+@pytest.mark.parametrize('b_disc', ['euler', 'zoh'])
+@pytest.mark.parametrize('constant', [False, True])
+@pytest.mark.parametrize('complex_a', [False, True])
+def test_directions_are_scans(complex_a, constant, b_disc, backend):
+    """Each as if alone, values and gradients, three with orders of theirs."""
+    reverse = (True, False, True)
+    single = [
+        make_inputs(seed=seed, complex_a=complex_a, constant=constant)
+        for seed in range(3)
+    ]
+    for x in single:
+        x.pop('z')
+    alone = [
+        {k: v.clone().requires_grad_() for k, v in x.items()} for x in single
+    ]
+    options = dict(delta_softplus=True, b_disc=b_disc, backend=backend)
+    y = [
+        selective_scan(**x, channels_last=True, reverse=order, **options)
+        for x, order in zip(alone, reverse, strict=True)
+    ]
+    sum(out.sin().sum() for out in y).backward()
+    together = {
+        name: torch.stack([x[name] for x in single]).requires_grad_()
+        for name in single[0]
+    }
+    stacked = selective_scan_directions(**together, reverse=reverse, **options)
+    stacked.sin().sum().backward()
+    assert torch.equal(stacked, torch.stack(y))
+    for name, leaf in together.items():
+        wanted = torch.stack([x[name].grad for x in alone])
+        assert relative(leaf.grad, wanted) <= 1e-12, name
+
+
+def test_directions_keep_half_precision():
+    inputs = make_inputs(dtype=torch.float32)
+    inputs.pop('z')
+    stacked = {k: torch.stack([v, v]) for k, v in inputs.items()}
+    stacked['u'] = stacked['u'].bfloat16()
+    y = selective_scan_directions(**stacked)
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (dict(reverse=(True,)), 'u must have the 1 directions of reverse'),
+        (dict(reverse=()), 'at least one'),
+        (dict(D=lambda x: x[:1]), r'D must have the 2 directions'),
+        (dict(A=lambda x: x[..., 0]), r'A must be \(dim, state\)'),
+        (dict(B=lambda x: x[:, 0]), r'B must be \(directions, batch'),
+        (dict(C=lambda x: x[:, :, 1:]), 'C must be'),
+        (dict(delta=lambda x: x[:, 1:]), 'delta must have the shape of u'),
+        (dict(b_disc='foh'), 'b_disc must be one of'),
+    ],
+    ids=str,
+)
+def test_bad_directions(changes, message):
+    inputs = make_inputs()
+    inputs.pop('z')
+    stacked = {k: torch.stack([v, v]) for k, v in inputs.items()}
+    for name, change in changes.items():
+        stacked[name] = change(stacked[name]) if callable(change) else change
+    with pytest.raises(ValueError, match=message):
+        selective_scan_directions(**stacked)
+
+
+def test_auto_never_picks_something_slow_on_a_gpu(monkeypatch):
+    """Triton, or an error that says what to do."""
+    monkeypatch.delenv('MMSTABVIM_BACKEND', raising=False)
+    gpu = torch.device('cuda')
+    module = importlib.import_module('mmstabvim.ops.selective_scan')
+    monkeypatch.setattr(module, 'has_triton', lambda: True)
+    assert _resolve('auto', gpu) == 'triton'
+    assert _resolve('auto', torch.device('cpu')) == 'cpu'
+    assert _resolve('cpu', gpu) == 'cpu'
+    monkeypatch.setattr(module, 'has_triton', lambda: False)
+    with pytest.raises(RuntimeError, match=r"pip install triton.*'cpu'"):
+        _resolve('auto', gpu)
+    monkeypatch.setenv('MMSTABVIM_BACKEND', 'reference')
+    assert _resolve('auto', gpu) == 'reference'
+    assert _resolve('cpu', gpu) == 'cpu'
+
+
+def test_triton_is_looked_for():
+    assert has_triton() == (importlib.util.find_spec('triton') is not None)
+
+
 def test_registered_with_pytorch():
     """Schema, fake tensors and autograd registration are sound."""
     for complex_a in (False, True):
         x = make_inputs(length=19, groups=2, complex_a=complex_a)
         x.pop('z')
-        args = (*(v.requires_grad_() for v in x.values()), True, False)
-        torch.library.opcheck(
-            torch.ops.mmstabvim.selective_scan, (*args, 'euler', True)
-        )
+        leaves = (torch.stack([v, v]).requires_grad_() for v in x.values())
+        args = (*leaves, True, [0, 1], 'euler', True)
+        torch.library.opcheck(torch.ops.mmstabvim.selective_scan, args)
 
 
 def test_compiles_in_one_graph():

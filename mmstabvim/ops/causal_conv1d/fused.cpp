@@ -63,6 +63,7 @@ struct View {  // strides in elements; channels are contiguous
 
 struct Conv {
   int64_t batch, length, dim, width, spans, threads, reverse, silu;
+  int64_t accumulate;      // backward: add to dx, which another direction wrote
   View x, y, dy, dx;       // forward: x, y; backward: x, dy, dx
   const float *taps;       // (width, dim), the last for the token itself
   const float *bias;       // (dim,), may be null
@@ -176,7 +177,10 @@ class Task {
     Rows<W> g;
     for (int k = 0; k < W; k++) g[k] = g_row(i + k);
     float *dx = row(c.dx, i);
-    for_each_channel(dim, [&](int64_t d) { dx[d] = weigh(g, d, 0.0f); });
+    if (c.accumulate)
+      for_each_channel(dim, [&](int64_t d) { dx[d] = weigh(g, d, dx[d]); });
+    else
+      for_each_channel(dim, [&](int64_t d) { dx[d] = weigh(g, d, 0.0f); });
   }
 };
 

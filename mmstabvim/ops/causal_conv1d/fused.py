@@ -1,6 +1,7 @@
 """Fused C++ path on a CPU, ``fused.cpp``: convolution and SiLU in one."""
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class _Conv(ctypes.Structure):
                 'threads',
                 'reverse',
                 'silu',
+                'accumulate',
             )
         ),
         *((name, _View) for name in ('x', 'y', 'dy', 'dx')),
@@ -53,22 +55,28 @@ class _Conv(ctypes.Structure):
     )
 
 
-def supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the fused path can run these inputs here.
+def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a kernel computes what PyTorch would from these inputs.
 
-    It needs CPU tensors of one dtype of at most 32 bits, at least one
-    element, at most ``MAX_WIDTH`` columns, and a compiler.
+    They need one device, one dtype of at most 32 bits, at least one element,
+    and at most ``MAX_WIDTH`` columns.
     """
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
-        all(tensor.device.type == 'cpu' for tensor in given)
+        all(tensor.device == x.device for tensor in given)
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(tensor.dtype == x.dtype for tensor in given)
-        and (bias is None or bias.shape == weight.shape[:1])
-        and 1 <= weight.shape[1] <= MAX_WIDTH
+        and 1 <= weight.shape[-1] <= MAX_WIDTH
         and 0 not in x.shape
-        and available()
     )
+
+
+def supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the fused path can run these inputs here.
+
+    It needs tensors on a CPU that :func:`fits` accepts, and a compiler.
+    """
+    return x.device.type == 'cpu' and fits(x, weight, bias) and available()
 
 
 # torch.compile must not look inside: it knows no ctypes
@@ -82,14 +90,15 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    reverse: bool,
+    reverse: Sequence[bool],
     activation: str | None,
 ) -> Tensor:
-    """As :func:`.reference.causal_conv1d_ref`."""
-    x, taps, bias_row = _rows(x), _taps(weight), _row(bias)
-    y = x.new_empty(x.shape)
-    conv = _arguments(x, taps, bias_row, reverse, activation, y=_view(y))
-    _built().mmstabvim_conv_forward(ctypes.byref(conv))
+    """As :func:`.reference.causal_conv1d_directions_ref`."""
+    x, taps, biases = _rows(x), _taps(weight), _biases(bias)
+    y = x.new_empty((len(reverse), *x.shape))
+    for k, flag in enumerate(reverse):
+        conv = _arguments(x, taps, biases, k, flag, activation, y=_view(y[k]))
+        _built().mmstabvim_conv_forward(ctypes.byref(conv))
     return y.to(weight.dtype)
 
 
@@ -98,28 +107,33 @@ def backward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    reverse: bool,
+    reverse: Sequence[bool],
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (whatever the latter, if absent)."""
-    x, dy, taps, bias_row = _rows(x), _rows(dy), _taps(weight), _row(bias)
+    x, taps, biases = _rows(x), _taps(weight), _biases(bias)
     dx = x.new_empty(x.shape)
-    dweight, dbias = dx.new_empty(weight.shape), dx.new_empty(x.shape[2])
-    width, dim = taps.shape
+    dweight = dx.new_empty(weight.shape)
+    dbias = dx.new_empty(weight.shape[:2])
+    _, width, dim = taps.shape
     parts = dx.new_empty(x.shape[0], _spans(x), width + 1, dim)
-    conv = _arguments(
-        x,
-        taps,
-        bias_row,
-        reverse,
-        activation,
-        dy=_view(dy),
-        dx=_view(dx),
-        parts=parts.data_ptr(),
-        dweight=dweight.data_ptr(),
-        dbias=dbias.data_ptr(),
-    )
-    _built().mmstabvim_conv_backward(ctypes.byref(conv))
+    for k, flag in enumerate(reverse):
+        rows = _rows(dy[k])
+        conv = _arguments(
+            x,
+            taps,
+            biases,
+            k,
+            flag,
+            activation,
+            accumulate=k > 0,
+            dy=_view(rows),
+            dx=_view(dx),
+            parts=parts.data_ptr(),
+            dweight=dweight[k].data_ptr(),
+            dbias=dbias[k].data_ptr(),
+        )
+        _built().mmstabvim_conv_backward(ctypes.byref(conv))
     dtype = weight.dtype
     return dx.to(dtype), dweight.to(dtype), dbias.to(dtype)
 
@@ -127,7 +141,8 @@ def backward(
 def _arguments(
     x: Tensor,
     taps: Tensor,
-    bias: Tensor | None,
+    biases: Tensor | None,
+    direction: int,
     reverse: bool,
     activation: str | None,
     **others: Any,
@@ -138,14 +153,14 @@ def _arguments(
         batch=batch,
         length=length,
         dim=dim,
-        width=taps.shape[0],
+        width=taps.shape[1],
         spans=_spans(x),
         threads=native.threads(),
         reverse=reverse,
         silu=activation == 'silu',
         x=_view(x),
-        taps=taps.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        taps=taps[direction].data_ptr(),
+        bias=None if biases is None else biases[direction].data_ptr(),
         **others,
     )
 
@@ -161,10 +176,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _taps(weight: Tensor) -> Tensor:
-    return weight.float().t().contiguous()  # (width, dim)
+    return weight.float().mT.contiguous()  # (directions, width, dim)
 
 
-def _row(bias: Tensor | None) -> Tensor | None:
+def _biases(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 

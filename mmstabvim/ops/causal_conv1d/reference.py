@@ -1,5 +1,8 @@
 """The causal convolution in plain differentiable PyTorch."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,3 +26,18 @@ def causal_conv1d_ref(
     )
     out = out.transpose(1, 2)
     return F.silu(out) if activation == 'silu' else out
+
+
+def causal_conv1d_directions_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    reverse: Sequence[bool] = (False, True),
+    activation: str | None = None,
+) -> Tensor:
+    """As :func:`mmstabvim.ops.causal_conv1d_directions`."""
+    biases = [None] * len(reverse) if bias is None else bias.unbind()
+    options = zip(weight.unbind(), biases, reverse, strict=True)
+    return torch.stack(
+        [causal_conv1d_ref(x, *option, activation) for option in options]
+    )

@@ -6,29 +6,38 @@ only, ``triton`` that in kernels for a GPU. README.md beside this file derives
 the backward pass.
 """
 
+import functools
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmstabvim.ops.backend import ENVIRONMENT_VARIABLE
 from mmstabvim.ops.selective_scan.discretization import B_DISCS
-from mmstabvim.ops.selective_scan.function import (
-    selective_scan_op,
-    selective_scan_triton_op,
+from mmstabvim.ops.selective_scan.function import scan_op, scan_triton_op
+from mmstabvim.ops.selective_scan.inputs import ScanInputs
+from mmstabvim.ops.selective_scan.reference import (
+    scan_ref,
+    selective_scan_ref,
 )
-from mmstabvim.ops.selective_scan.reference import selective_scan_ref
 
-__all__ = ['BACKENDS', 'selective_scan', 'selective_scan_ref']
+__all__ = [
+    'BACKENDS',
+    'ScanInputs',
+    'selective_scan',
+    'selective_scan_directions',
+    'selective_scan_ref',
+]
 
-BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    'reference': selective_scan_ref,
-    'cpu': selective_scan_op,
-    'triton': selective_scan_triton_op,
+BACKENDS: dict[str, Callable[[ScanInputs], tuple[Tensor, Tensor]]] = {
+    'reference': scan_ref,
+    'cpu': scan_op,
+    'triton': scan_triton_op,
 }
-ENVIRONMENT_VARIABLE = 'MMSTABVIM_BACKEND'
 
 _announced: set[tuple[str, str]] = set()
 
@@ -93,9 +102,9 @@ def selective_scan(
             (batch, length, groups, state), complex where ``A`` is. Defaults
             to False.
         backend (str): ``'auto'``, ``'reference'``, ``'cpu'`` or ``'triton'``
-            (float32 state, at most 64 modes; not yet tried on a GPU).
-            ``'auto'`` obeys the environment variable MMSTABVIM_BACKEND, else
-            is ``'cpu'``. Defaults to ``'auto'``.
+            (float32 state, at most 64 modes). ``'auto'`` obeys the
+            environment variable MMSTABVIM_BACKEND, else is ``'triton'`` on a
+            GPU and ``'cpu'`` elsewhere. Defaults to ``'auto'``.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: The output, shape and dtype of ``u``;
@@ -103,13 +112,13 @@ def selective_scan(
         (token 0 with ``reverse``), (batch, dim, state), float32 or wider.
 
     Raises:
-        TypeError: If a tensor has no floating dtype.
+        RuntimeError: If the backend cannot run here.
+        TypeError: If a tensor's dtype does not fit.
         ValueError: If shapes or devices do not fit, or a name is unknown.
 
     Source: arXiv:2312.00752, Algorithm 2.
     """
-    if b_disc not in B_DISCS:
-        raise ValueError(f'b_disc must be one of {B_DISCS}, got {b_disc!r}')
+    _check_b_disc(b_disc)
     tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z)
     tensors['delta_bias'] = delta_bias
     _check_tensors(tensors)
@@ -120,16 +129,106 @@ def selective_scan(
     B = _canonical('B', B, u, A, channels_last)
     C = _canonical('C', C, u, A, channels_last)
     _check_groups(B, C, u.shape[-1])
-    scan = BACKENDS[_resolve(backend, u.device)]
-    out, last = scan(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, b_disc
+    given = (None if x is None else x[None] for x in (u, delta, A, B, C))
+    optional = (None if x is None else x[None] for x in (D, delta_bias))
+    out, last = BACKENDS[_resolve(backend, u.device)](
+        ScanInputs(*given, *optional, delta_softplus, (reverse,), b_disc)
     )
+    out, last = out[0], last[0]
     if z is not None:
         out = out * F.silu(z.to(out.dtype))
     out = out.to(u.dtype)
     if not channels_last:
         out = out.transpose(1, 2)
     return (out, last) if return_last_state else out
+
+
+def selective_scan_directions(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    reverse: Sequence[bool] = (False, True),
+    b_disc: str = 'euler',
+    backend: str = 'auto',
+) -> Tensor:
+    """Several selective scans of one shape side by side, as one operation.
+
+    Entry ``k`` of the result is ``selective_scan(u[k], ...,
+    reverse=reverse[k], channels_last=True)``: the two directions of a
+    bidirectional layer in one launch.
+
+    Args:
+        u (Tensor): (directions, batch, length, dim), input.
+        delta (Tensor): (directions, batch, length, dim), step size in steps,
+            before bias and softplus.
+        A (Tensor): (directions, dim, state), continuous-time diagonal,
+            1/step, real or complex (see :func:`selective_scan`).
+        B (Tensor): (directions, batch, length, groups, state), or constant
+            (directions, dim, state); complex where ``A`` is.
+        C (Tensor): As ``B``.
+        D (Tensor, optional): (directions, dim), skip weight.
+        delta_bias (Tensor, optional): (directions, dim).
+        delta_softplus (bool): Apply softplus to the step size. Defaults to
+            False.
+        reverse (Sequence[bool]): Per direction, walk from the last token to
+            the first. Defaults to ``(False, True)``.
+        b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
+        backend (str): As in :func:`selective_scan`. Defaults to ``'auto'``.
+
+    Returns:
+        Tensor: Shape and dtype of ``u``.
+
+    Raises:
+        RuntimeError: If the backend cannot run here.
+        TypeError: If a tensor's dtype does not fit.
+        ValueError: If shapes or devices do not fit, or a name is unknown.
+    """
+    _check_b_disc(b_disc)
+    tensors = (u, delta, A, B, C, D, delta_bias)
+    _check_directions(tensors, len(reverse))
+    inputs = ScanInputs(
+        *tensors, delta_softplus, tuple(bool(x) for x in reverse), b_disc
+    )
+    y, _ = BACKENDS[_resolve(backend, u.device)](inputs)
+    return y.to(u.dtype)
+
+
+def _check_b_disc(b_disc: str) -> None:
+    if b_disc not in B_DISCS:
+        raise ValueError(f'b_disc must be one of {B_DISCS}, got {b_disc!r}')
+
+
+def _check_directions(
+    tensors: tuple[Tensor | None, ...], directions: int
+) -> None:
+    """Every tensor with its directions first; the rest by the first one."""
+    named = dict(zip(ScanInputs._fields, tensors, strict=False))
+    for name, x in named.items():
+        if x is not None and (
+            x.dim() < 2 or len(x) != directions or not len(x)
+        ):
+            raise ValueError(
+                f'{name} must have the {directions} directions of reverse '
+                f'first (at least one), got {tuple(x.shape)}'
+            )
+    first = {n: None if x is None else x[0] for n, x in named.items()}
+    _check_tensors(first)
+    u, delta, A, B, C, D, delta_bias = first.values()
+    _check_shapes(u, delta, A, D, None, delta_bias)
+    for name, matrix in (('B', B), ('C', C)):
+        if matrix.dim() == 3:
+            raise ValueError(
+                f'{name} must be (directions, batch, length, groups, state) '
+                'or (directions, dim, state), got '
+                f'{(directions, *matrix.shape)}'
+            )
+        _canonical(name, matrix, u, A, True)
+    _check_groups(B, C, u.shape[-1])
 
 
 def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
@@ -254,7 +353,7 @@ def _resolve(backend: str, device: torch.device) -> str:
         chosen = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
         source = ENVIRONMENT_VARIABLE
     if chosen == 'auto':
-        chosen = 'cpu'
+        chosen = _for_device(device)
     if chosen not in BACKENDS:
         raise ValueError(
             f'{source} must be one of {("auto", *BACKENDS)}, got {chosen!r}'
@@ -262,6 +361,25 @@ def _resolve(backend: str, device: torch.device) -> str:
     if not torch.compiler.is_compiling():
         _announce(chosen, device.type)
     return chosen
+
+
+def _for_device(device: torch.device) -> str:
+    """Never something slow on a GPU unasked."""
+    if device.type != 'cuda':
+        return 'cpu'
+    if not has_triton():
+        raise RuntimeError(
+            'selective_scan needs triton on a GPU, but it cannot be imported: '
+            "install it (pip install triton), or choose backend='cpu' (or "
+            f'{ENVIRONMENT_VARIABLE}=cpu), which runs there too, but slowly'
+        )
+    return 'triton'
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether triton is installed; it is imported where it is used."""
+    return importlib.util.find_spec('triton') is not None
 
 
 def _announce(backend: str, device_type: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mmstabvim.ops.selective_scan import fused
 from mmstabvim.ops.selective_scan.discretization import phi1, phi1_derivative
-from mmstabvim.ops.selective_scan.reference import compute_dtype, num_groups
+from mmstabvim.ops.selective_scan.inputs import ScanInputs
 
 CHUNK = 16
 """Tokens between two stored states."""
@@ -71,20 +71,9 @@ def _spans(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _prepare(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-) -> _Scan:
-    real = compute_dtype(u, delta, A, B, C, delta_bias)
-    wide = real.to_complex() if A.is_complex() else real
-    groups = num_groups(B, C)
+def _prepare(inputs: ScanInputs, k: int) -> _Scan:
+    """The inputs of direction ``k``."""
+    real, wide, groups = inputs.real, inputs.wide, inputs.groups
 
     def by_group(x: Tensor) -> Tensor:
         grouped = x.to(real).unflatten(-1, (groups, -1))
@@ -97,19 +86,19 @@ def _prepare(
         x = x.transpose(0, 1)[..., None]
         return x if x.shape[2] == groups else x.expand(-1, -1, groups, -1, -1)
 
-    delta = delta.to(real)
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(real)
-    if delta_softplus:
+    delta = inputs.delta[k].to(real)
+    if inputs.delta_bias is not None:
+        delta = delta + inputs.delta_bias[k].to(real)
+    if inputs.delta_softplus:
         delta = F.softplus(delta)
     return _Scan(
-        by_group(u),
+        by_group(inputs.u[k]),
         by_group(delta),
-        by_state(A),
-        by_state(B),
-        by_state(C),
-        reverse,
-        b_disc == 'zoh',
+        by_state(inputs.A[k]),
+        by_state(inputs.B[k]),
+        by_state(inputs.C[k]),
+        inputs.reverse[k],
+        inputs.b_disc == 'zoh',
     )
 
 
@@ -149,72 +138,67 @@ def _reduce_state(states: Tensor, matrix: Tensor) -> Tensor:
     return (states * matrix).sum(-2)
 
 
+def borders_shape(inputs: ScanInputs, keep_states: bool) -> tuple[int, ...]:
+    """Of the states that enter each chunk, in the order of the walk.
+
+    (directions, chunks, batch, groups, state, channels of a group), no
+    chunks unless ``keep_states``.
+    """
+    directions, batch, length, dim = inputs.u.shape
+    chunks = -(-length // CHUNK) if keep_states else 0
+    groups, state = inputs.groups, inputs.A.shape[2]
+    return (directions, chunks, batch, groups, state, dim // groups)
+
+
+def output_dtype(inputs: ScanInputs) -> torch.dtype:
+    """Of y and of the gradients of u and delta."""
+    return inputs.real
+
+
 @torch.no_grad()
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-    keep_states: bool,
+    inputs: ScanInputs, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scan channels-last inputs; see :func:`.reference.selective_scan_ref`.
+    """Scan each direction; see :func:`.reference.selective_scan_ref`.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: y (batch, length, dim), last state
-        (batch, dim, state), and the states entering each chunk (chunks,
-        batch, groups, state, channels), empty unless ``keep_states``.
+        tuple[Tensor, Tensor, Tensor]: y (directions, batch, length, dim),
+        last state (directions, batch, dim, state), and the states entering
+        each chunk, see :func:`borders_shape`.
     """
-    tensors = (u, delta, A, B, C, D, delta_bias)
-    if fused.supports(*tensors, b_disc):
-        return fused.forward(
-            *tensors, delta_softplus, reverse, keep_states, CHUNK
-        )
+    if fused.supports(inputs):
+        return fused.forward(inputs, keep_states, CHUNK)
+    u = inputs.u
+    y = u.new_empty(u.shape, dtype=inputs.real)
+    shape = borders_shape(inputs, keep_states)
+    borders = u.new_empty(shape, dtype=inputs.wide)
     with torch.autocast(u.device.type, enabled=False):
-        scan = _prepare(
-            u, delta, A, B, C, delta_bias, delta_softplus, reverse, b_disc
-        )
-        chunks = scan.chunks()
-        state = scan.A.new_zeros(scan.state_shape)
-        stored = len(chunks) if keep_states else 0
-        borders = state.new_empty(stored, *state.shape)
-        y = scan.u.new_empty(u.shape)
-        y_tokens = y.unflatten(-1, scan.u.shape[2:]).transpose(0, 1)
-        for i, span in enumerate(chunks):
-            if keep_states:
-                borders[i] = state
-            for start, stop, states, _ in _walk(scan, state, span):
-                read = _reduce_state(states, _per_token(scan.C, start, stop))
-                y_tokens[start:stop] = (
-                    2 * read.real if read.is_complex() else read
-                )
-        if D is not None:
-            y.addcmul_(u.to(y.dtype), D.to(y.dtype))
-        last = state.mT.flatten(1, 2).contiguous()
-    return y, last, borders
+        last = [
+            _forward(_prepare(inputs, k), y[k], borders[k])
+            for k in range(len(u))
+        ]
+        if inputs.D is not None:
+            y.addcmul_(u.to(y.dtype), inputs.D.to(y.dtype)[:, None, None])
+    return y, torch.stack(last), borders
+
+
+def _forward(scan: _Scan, y: Tensor, borders: Tensor) -> Tensor:
+    """Fill y (batch, length, dim) and borders; return the last state."""
+    state = scan.A.new_zeros(scan.state_shape)
+    y_tokens = y.unflatten(-1, scan.u.shape[2:]).transpose(0, 1)
+    for i, span in enumerate(scan.chunks()):
+        if len(borders):
+            borders[i] = state
+        for start, stop, states, _ in _walk(scan, state, span):
+            read = _reduce_state(states, _per_token(scan.C, start, stop))
+            y_tokens[start:stop] = 2 * read.real if read.is_complex() else read
+    return state.mT.flatten(1, 2)
 
 
 @torch.no_grad()
 def backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    borders: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, dlast: Tensor | None, borders: Tensor, inputs: ScanInputs
+) -> tuple[Tensor, ...]:
     """Gradients of :func:`forward`, one chunk recomputed at a time.
 
     Returns:
@@ -222,33 +206,46 @@ def backward(
         in the precision of the state (D's and delta_bias's are empty where
         the input is absent).
     """
-    tensors = (u, delta, A, B, C, D, delta_bias)
-    if fused.supports(*tensors, b_disc):
-        return fused.backward(
-            dy, dlast, borders, *tensors, delta_softplus, reverse, CHUNK
+    if fused.supports(inputs):
+        return fused.backward(dy, dlast, borders, inputs, CHUNK)
+    dy = dy.to(inputs.real)
+    with torch.autocast(dy.device.type, enabled=False):
+        grads = []
+        for k in range(len(dy)):
+            given = None if dlast is None else dlast[k]
+            grads.append(_backward(inputs, k, dy[k], given, borders[k]))
+        du, dstep, dA, dB, dC = (
+            torch.stack(x) for x in zip(*grads, strict=True)
         )
-    with torch.autocast(u.device.type, enabled=False):
-        scan = _prepare(
-            u, delta, A, B, C, delta_bias, delta_softplus, reverse, b_disc
-        )
-        adjoint = _Adjoint(scan, dy.to(scan.u.dtype), dlast)
-        chunks = scan.chunks()
-        for i in range(len(chunks) - 1, -1, -1):
-            adjoint.walk_back(chunks[i], borders[i])
-        du, dstep, dA, dB, dC = adjoint.finish(u.shape, B, C)
         dD, dbias = du.new_empty(0), du.new_empty(0)
-        if D is not None:
-            wide_u = u.to(du.dtype)
-            dD = torch.einsum('bld,bld->d', dy.to(du.dtype), wide_u)
-            du.addcmul_(dy.to(du.dtype), D.to(du.dtype))
-        if delta_softplus:
-            raw = delta.to(du.dtype)
-            if delta_bias is not None:
-                raw = raw + delta_bias.to(du.dtype)
+        if inputs.D is not None:
+            dD = torch.einsum('kbld,kbld->kd', dy, inputs.u.to(dy.dtype))
+            du.addcmul_(dy, inputs.D.to(dy.dtype)[:, None, None])
+        if inputs.delta_softplus:
+            raw = inputs.delta.to(dy.dtype)
+            if inputs.delta_bias is not None:
+                bias = inputs.delta_bias.to(dy.dtype)
+                raw = raw + bias[:, None, None]
             dstep.mul_(torch.sigmoid(raw))
-        if delta_bias is not None:
-            dbias = dstep.sum((0, 1))
+        if inputs.delta_bias is not None:
+            dbias = dstep.sum((1, 2))
     return du, dstep, dA, dB, dC, dD, dbias
+
+
+def _backward(
+    inputs: ScanInputs,
+    k: int,
+    dy: Tensor,
+    dlast: Tensor | None,
+    borders: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, the step size, A, B and C of one direction."""
+    scan = _prepare(inputs, k)
+    adjoint = _Adjoint(scan, dy, dlast)
+    chunks = scan.chunks()
+    for i in range(len(chunks) - 1, -1, -1):
+        adjoint.walk_back(chunks[i], borders[i])
+    return adjoint.finish(dy.shape, inputs.B[k], inputs.C[k])
 
 
 class _Adjoint:

@@ -6,6 +6,7 @@ has shapes without data, and is seen by ``FlopCounterMode``.
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,12 +15,11 @@ from mmengine.analysis import complexity_analysis
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mmstabvim.ops.selective_scan import cpu
-from mmstabvim.ops.selective_scan.reference import compute_dtype, num_groups
+from mmstabvim.ops.selective_scan.inputs import ScanInputs
 
 _INPUTS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, '
-    'Tensor? delta_bias, bool delta_softplus, bool reverse, str b_disc'
+    'Tensor? delta_bias, bool delta_softplus, int[] reverse, str b_disc'
 )
 
 
@@ -30,11 +30,38 @@ def _define(name: str, module: str) -> Any:
     not everywhere.
     """
 
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return importlib.import_module(module, __package__).forward(*args)
+    def backend() -> Any:
+        return importlib.import_module(module, __package__)
 
-    def backward(*args: Any) -> tuple[Tensor, ...]:
-        return importlib.import_module(module, __package__).backward(*args)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        *inputs, keep_states = args
+        return backend().forward(_inputs(inputs), keep_states)
+
+    def backward(
+        dy: Tensor, dlast: Tensor | None, borders: Tensor, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        return backend().backward(dy, dlast, borders, _inputs(inputs))
+
+    def forward_fake(*args: Any) -> tuple[Tensor, ...]:
+        given, keep_states = _inputs(args[:-1]), args[-1]
+        u, state = given.u, given.A.shape[2]
+        borders = backend().borders_shape(given, keep_states)
+        return (
+            u.new_empty(u.shape, dtype=backend().output_dtype(given)),
+            u.new_empty((*u.shape[:2], u.shape[3], state), dtype=given.wide),
+            u.new_empty(borders, dtype=given.wide),
+        )
+
+    def backward_fake(
+        dy: Tensor, dlast: Tensor | None, borders: Tensor, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        given = _inputs(inputs)
+        narrow = backend().output_dtype(given)
+        dtypes = (narrow,) * 2 + (given.wide,) * 3 + (given.real,) * 2
+        return tuple(
+            given.u.new_empty((0,) if x is None else x.shape, dtype=dtype)
+            for x, dtype in zip(given.tensors, dtypes, strict=True)
+        )
 
     scan = torch.library.custom_op(
         f'mmstabvim::{name}',
@@ -49,8 +76,8 @@ def _define(name: str, module: str) -> Any:
         schema=f'(Tensor dy, Tensor? dlast, Tensor borders, {_INPUTS}) -> '
         f'({", ".join(["Tensor"] * 7)})',
     )
-    scan.register_fake(_scan_fake)
-    scan_backward.register_fake(_scan_backward_fake)
+    scan.register_fake(forward_fake)
+    scan_backward.register_fake(backward_fake)
     scan.register_autograd(
         functools.partial(_autograd, scan_backward),
         setup_context=_setup_context,
@@ -58,43 +85,16 @@ def _define(name: str, module: str) -> Any:
     return scan
 
 
-def _scan_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, _, _, _, keep_states = args
-    u, _, A, B, C, *_ = tensors
-    batch, length, dim = u.shape
-    real, wide = _dtypes(tensors)
-    chunks = -(-length // cpu.CHUNK) if keep_states else 0
-    groups, state = num_groups(B, C), A.shape[1]
-    borders = (chunks, batch, groups, state, dim // groups)
-    return (
-        u.new_empty((batch, length, dim), dtype=real),
-        u.new_empty((batch, dim, state), dtype=wide),
-        u.new_empty(borders, dtype=wide),
-    )
-
-
-def _scan_backward_fake(*args: Any) -> tuple[Tensor, ...]:
-    tensors = args[3:-3]
-    real, wide = _dtypes(tensors)
-    dtypes = (real, real, wide, wide, wide, real, real)
-    return tuple(
-        tensors[0].new_empty((0,) if x is None else x.shape, dtype=dtype)
-        for x, dtype in zip(tensors, dtypes, strict=True)
-    )
-
-
-def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[torch.dtype, ...]:
-    """Of u and what is real with it, and of A and what follows it."""
-    real = compute_dtype(*tensors)
-    a = tensors[2]
-    complex_a = a is not None and a.is_complex()
-    return real, real.to_complex() if complex_a else real
+def _inputs(args: Sequence[Any]) -> ScanInputs:
+    *others, reverse, b_disc = args
+    return ScanInputs(*others, tuple(map(bool, reverse)), b_disc)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, softplus, reverse, b_disc, _ = inputs
     ctx.save_for_backward(output[2], *tensors)
     ctx.options = (softplus, reverse, b_disc)
+    ctx.output_dtype = output[0].dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
 
@@ -108,7 +108,7 @@ def _autograd(
 ) -> tuple[Tensor | None, ...]:
     borders, *tensors = ctx.saved_tensors
     if dy is None:
-        dy = torch.zeros_like(tensors[0], dtype=_dtypes(tensors)[0])
+        dy = torch.zeros_like(tensors[0], dtype=ctx.output_dtype)
     grads = backward(dy, dlast, borders, *tensors, *ctx.options)
     return (
         *(
@@ -138,16 +138,15 @@ def scan_flops(
     a product of a real and a complex number 2.
 
     Args:
-        u_shape (tuple[int, ...]): (batch, length, dim).
-        A_shape (tuple[int, ...]): (dim, state).
+        u_shape (tuple[int, ...]): (..., batch, length, dim).
+        A_shape (tuple[int, ...]): (..., dim, state).
         complex_a (bool): Whether ``A`` is complex.
 
     Returns:
         int: Operations; one multiply-add counts as two.
     """
-    tokens = u_shape[0] * u_shape[1] * u_shape[2]
     per_state = 2 + 8 + 2 + (6 + 2) + (6 + 2) if complex_a else 7
-    return tokens * (per_state * A_shape[1] + 6)
+    return math.prod(u_shape) * (per_state * A_shape[-1] + 6)
 
 
 @register_flop_formula(
@@ -200,28 +199,16 @@ complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
 )
 
 
-def selective_scan_op(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-    scan: Any = _scan,
-) -> tuple[Tensor, Tensor]:
-    """The operator, with the signature of ``selective_scan_ref``."""
-    tensors = (u, delta, A, B, C, D, delta_bias)
+def _scan_op(scan: Any, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The operator, with the signature of ``scan_ref``."""
     keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in tensors
+        x is not None and x.requires_grad for x in inputs.tensors
     )
-    y, last, _ = scan(*tensors, delta_softplus, reverse, b_disc, keep)
+    *others, reverse, b_disc = inputs
+    # numbers: torch.jit.trace takes no list of bool
+    y, last, _ = scan(*others, list(map(int, reverse)), b_disc, keep)
     return y, last
 
 
-selective_scan_triton_op = functools.partial(
-    selective_scan_op, scan=_scan_triton
-)
+scan_op = functools.partial(_scan_op, _scan)
+scan_triton_op = functools.partial(_scan_op, _scan_triton)

@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from mmstabvim.ops import native
-from mmstabvim.ops.selective_scan.reference import num_groups
+from mmstabvim.ops.selective_scan.inputs import ScanInputs
 
 SOURCE = Path(__file__).with_name('fused.cpp')
 TASKS = 32
-"""Tasks to split the work into; fixed, so that sums do not depend on the
-number of threads."""
+"""Tasks to split a direction into; fixed, so that sums do not depend on the
+number of threads, nor a direction's results on the other directions."""
+
+FLAT = 1e-20
+"""Where |A| is smaller, the zero-order hold's weight is dt: |dt A| is below
+float32's resolution for any step below 1e12."""
 
 
 class _View(ctypes.Structure):
@@ -25,6 +29,7 @@ class _View(ctypes.Structure):
 
     _fields_ = (
         ('data', ctypes.c_void_p),
+        ('direction', ctypes.c_int64),
         ('batch', ctypes.c_int64),
         ('token', ctypes.c_int64),
         ('group', ctypes.c_int64),
@@ -38,6 +43,7 @@ class _Scan(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
+                'directions',
                 'batch',
                 'length',
                 'groups',
@@ -46,16 +52,28 @@ class _Scan(ctypes.Structure):
                 'chunk',
                 'slabs',
                 'threads',
+                'complex',
+                'hold',
                 'softplus',
-                'reverse',
                 'constant_b',
                 'constant_c',
+                'shared_b',
+                'shared_c',
             )
         ),
         *((name, _View) for name in ('u', 'delta', 'B', 'C', 'y')),
         *(
             (name, ctypes.c_void_p)
-            for name in ('A', 'D', 'delta_bias', 'last', 'borders')
+            for name in (
+                'A',
+                'inverse',
+                'flat',
+                'D',
+                'delta_bias',
+                'reverse',
+                'last',
+                'borders',
+            )
         ),
     )
 
@@ -71,8 +89,8 @@ class _Gradients(ctypes.Structure):
                 'dlast',
                 'dB',
                 'dC',
-                'dB_slabs',
-                'dC_slabs',
+                'dB_parts',
+                'dC_parts',
                 'sums',
                 'sums_batch',
             )
@@ -80,111 +98,110 @@ class _Gradients(ctypes.Structure):
     )
 
 
-def supports(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    b_disc: str,
-) -> bool:
+def supports(inputs: ScanInputs) -> bool:
     """Whether the fused path can run these inputs here.
 
-    It needs CPU tensors, a real float32 state, ``b_disc='euler'``, equal
-    groups in B and C, and a compiler. Arguments as in :func:`.cpu.forward`.
+    It needs CPU tensors, a float32 or complex64 state, as many groups in B
+    as in C unless one of them has a single group, and a compiler.
+
+    Args:
+        inputs (ScanInputs): What to scan.
     """
+    given = [x for x in inputs.tensors if x is not None]
     narrow = (torch.float32, torch.bfloat16, torch.float16)
-    given = [x for x in (u, delta, A, B, C, D, delta_bias) if x is not None]
+    if inputs.A.is_complex():
+        narrow = (*narrow, torch.complex64)
+    groups = {m.shape[3] for m in (inputs.B, inputs.C) if m.dim() == 5}
     return (
-        b_disc == 'euler'
-        and all(x.device.type == 'cpu' for x in given)
+        all(x.device.type == 'cpu' for x in given)
         and all(x.dtype in narrow for x in given)
-        and len({m.shape[2] for m in (B, C) if m.dim() == 4}) <= 1
+        and groups <= {1, inputs.groups}
         and native.enabled()
         and library() is not None
     )
 
 
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    keep_states: bool,
-    chunk: int,
+    inputs: ScanInputs, keep_states: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.cpu.forward`, with a state kept every ``chunk`` tokens."""
-    call = _Call(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, chunk
-    )
-    batch, length, dim = u.shape
+    """As :func:`.cpu.forward`, with a state kept every ``chunk`` tokens.
+
+    Args:
+        inputs (ScanInputs): What to scan.
+        keep_states (bool): Return the states that :func:`backward` needs.
+        chunk (int): Tokens between two of them.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: y (directions, batch, length, dim);
+        last state (directions, batch, dim, state); and the state entering
+        each chunk, (directions, chunks, batch, groups, state, channels),
+        without chunks unless ``keep_states``. Chunks are cut from token 0
+        and stored in the order of the walk.
+    """
+    call = _Call(inputs, chunk)
+    directions, batch, length, dim = inputs.u.shape
     chunks = -(-length // chunk) if keep_states else 0
-    groups, state, channels = call.A.shape
-    y = call.u.new_empty(u.shape)
-    last = y.new_empty(batch, groups, state, channels)
-    borders = y.new_empty(chunks, *last.shape)
+    _, groups, state, channels = call.A.shape
+    y = call.u.new_empty(inputs.u.shape)
+    last = call.A.new_empty(directions, batch, groups, state, channels)
+    borders = last.new_empty(directions, chunks, *last.shape[1:])
     call.scan.y = _view(y, groups)
     call.scan.last = last.data_ptr()
     call.scan.borders = borders.data_ptr() if keep_states else None
     _built().mmstabvim_scan_forward(ctypes.byref(call.scan))
-    return y, last.mT.reshape(batch, dim, state), borders
+    return y, last.mT.reshape(directions, batch, dim, state), borders
 
 
 def backward(
     dy: Tensor,
     dlast: Tensor | None,
     borders: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
+    inputs: ScanInputs,
     chunk: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`.cpu.backward`, from ``borders`` of either variant."""
-    call = _Call(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, chunk
-    )
-    groups, state, channels = call.A.shape
-    dy, borders = _rows(dy), borders.contiguous()
+) -> tuple[Tensor, ...]:
+    """As :func:`.cpu.backward`, from ``borders`` of either variant.
+
+    Args:
+        dy (Tensor): Gradient of y.
+        dlast (Tensor, optional): Gradient of the last state.
+        borders (Tensor): As :func:`forward` returned it.
+        inputs (ScanInputs): As :func:`forward` was given them.
+        chunk (int): As :func:`forward` was given it.
+
+    Returns:
+        tuple[Tensor, ...]: Gradients of u, delta, A, B, C, D and delta_bias,
+        float32, or complex64 for A, B and C with complex A; of shape (0,)
+        where D or delta_bias is absent.
+    """
+    call = _Call(inputs, chunk)
+    _, groups, _, channels = call.A.shape
+    dy, borders = _rows(dy, torch.float32), _dense(borders)
     if dlast is not None:
-        dlast = dlast.float().unflatten(1, (groups, channels)).mT.contiguous()
-    du, ddelta = dy.new_empty(u.shape), dy.new_empty(u.shape)
-    slabs_b, dB = call.matrix_buffers(B)
-    slabs_c, dC = call.matrix_buffers(C)
-    rows = [state] + [state for m in (B, C) if m.dim() == 2] + [1, 1]
-    sums = dy.new_empty(groups, sum(rows), channels)
-    sums_batch = dy.new_empty(u.shape[0], *sums.shape)
+        dlast = dlast.to(call.A.dtype).unflatten(2, (groups, channels))
+        dlast = _dense(dlast.mT)
+    du, ddelta = (call.u.new_empty(inputs.u.shape) for _ in range(2))
+    parts_b, dB = call.matrix_buffers(inputs.B)
+    parts_c, dC = call.matrix_buffers(inputs.C)
+    sums = call.sums_buffer()
+    sums_batch = call.sums_buffer(inputs.u.shape[1])
     gradients = _Gradients(
         _view(dy, groups),
         _view(du, groups),
         _view(ddelta, groups),
         _address(dlast),
-        *map(_address, (dB, dC, slabs_b, slabs_c, sums, sums_batch)),
+        *map(_address, (dB, dC, parts_b, parts_c, sums, sums_batch)),
     )
     call.scan.borders = borders.data_ptr()
     _built().mmstabvim_scan_backward(
         ctypes.byref(call.scan), ctypes.byref(gradients)
     )
-    parts = iter([_by_dim(part) for part in sums.split(rows, dim=1)])
-    dA = next(parts)
-    dB = next(parts) if B.dim() == 2 else dB
-    dC = next(parts) if C.dim() == 2 else dC
-    dD, dbias = (part.squeeze(1) for part in parts)
-    if D is None:
+    dA, *constants, dD, dbias = call.split_sums(sums[:, 0])
+    rest = iter(constants)
+    dB = next(rest) if inputs.B.dim() == 3 else dB
+    dC = next(rest) if inputs.C.dim() == 3 else dC
+    if inputs.D is None:
         dD = dD.new_empty(0)
-    if delta_bias is None:
+    if inputs.delta_bias is None:
         dbias = dbias.new_empty(0)
     return du, ddelta, dA, dB, dC, dD, dbias
 
@@ -192,81 +209,140 @@ def backward(
 class _Call:
     """Arguments common to both passes, and the tensors behind them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-        chunk: int,
-    ) -> None:
-        batch, length, dim = u.shape
-        groups = num_groups(B, C)
-        self.u, self.delta = _rows(u), _rows(delta)
-        self.A = _by_state(A.float() * math.log2(math.e), groups)
+    def __init__(self, inputs: ScanInputs, chunk: int) -> None:
+        directions, batch, length, dim = inputs.u.shape
+        groups, state = inputs.groups, inputs.A.shape[2]
+        channels = dim // groups
+        wide = torch.complex64 if inputs.A.is_complex() else torch.float32
+        self.u, self.delta = (
+            _rows(x, torch.float32) for x in (inputs.u, inputs.delta)
+        )
+        self.A = _by_state(inputs.A.to(wide), groups)
         self.B, self.C = (
-            _by_state(m.float(), groups) if m.dim() == 2 else _rows(m)
-            for m in (B, C)
+            _by_state(m.to(wide), groups) if m.dim() == 3 else _rows(m, wide)
+            for m in (inputs.B, inputs.C)
         )
         self.D, self.delta_bias = (
             None if x is None else x.float().contiguous()
-            for x in (D, delta_bias)
+            for x in (inputs.D, inputs.delta_bias)
         )
+        self.inverse: Tensor | None = None
+        self.flat: Tensor | None = None
+        if inputs.b_disc == 'zoh':
+            self.inverse, self.flat = _inverse(self.A)
+        if not wide.is_complex:
+            self.A = self.A * math.log2(math.e)
+        self.reverse = torch.tensor(inputs.reverse, dtype=torch.int64)
+        blocks = -(-channels // 16)
         self.scan = _Scan(
+            directions=directions,
             batch=batch,
             length=length,
             groups=groups,
-            channels=dim // groups,
-            state=A.shape[1],
+            channels=channels,
+            state=state,
             chunk=chunk,
-            slabs=max(1, min(-(-TASKS // (batch * groups)), -(-dim // 16))),
+            slabs=max(1, min(-(-TASKS // (batch * groups)), blocks)),
             threads=native.threads(),
-            softplus=delta_softplus,
-            reverse=reverse,
-            constant_b=B.dim() == 2,
-            constant_c=C.dim() == 2,
+            complex=wide.is_complex,
+            hold=inputs.b_disc == 'zoh',
+            softplus=inputs.delta_softplus,
+            constant_b=inputs.B.dim() == 3,
+            constant_c=inputs.C.dim() == 3,
+            shared_b=_shared(inputs.B, groups),
+            shared_c=_shared(inputs.C, groups),
             u=_view(self.u, groups),
             delta=_view(self.delta, groups),
-            B=_matrix_view(self.B),
-            C=_matrix_view(self.C),
+            B=_matrix_view(self.B, groups),
+            C=_matrix_view(self.C, groups),
             A=self.A.data_ptr(),
+            inverse=_address(self.inverse),
+            flat=_address(self.flat),
             D=_address(self.D),
             delta_bias=_address(self.delta_bias),
+            reverse=self.reverse.data_ptr(),
         )
 
     def matrix_buffers(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient of B or C: a part per slab, and the sum of the parts."""
-        if matrix.dim() == 2:
-            empty = self.u.new_empty(0)
+        """Gradient of B or C: its parts, and the sum of the parts."""
+        if matrix.dim() == 3:
+            empty = self.A.new_empty(0)
             return empty, empty
-        parts = self.u.new_empty(self.scan.slabs, *matrix.shape)
-        one = self.scan.slabs == 1
-        return parts, parts[0] if one else torch.empty_like(parts[0])
+        count = self.scan.slabs
+        if _shared(matrix, self.scan.groups):
+            count *= self.scan.groups
+        parts = self.A.new_empty(count, *matrix.shape)
+        return parts, parts[0] if count == 1 else torch.empty_like(parts[0])
+
+    def sums_buffer(self, rows: int = 1) -> Tensor:
+        """(directions, rows, groups, floats of all sums)."""
+        scan = self.scan
+        return self.u.new_empty(
+            scan.directions, rows, scan.groups, sum(self._sums_sizes())
+        )
+
+    def split_sums(self, sums: Tensor) -> list[Tensor]:
+        """dA, constant dB, constant dC, dD and ddelta_bias.
+
+        Each in memory of its own: the outputs of an operator must not share
+        memory.
+        """
+        *matrices, dD, dbias = sums.split(self._sums_sizes(), dim=-1)
+        return [
+            *(self._by_dim(x) for x in matrices),
+            *(x.reshape(len(sums), -1).clone() for x in (dD, dbias)),
+        ]
+
+    def _sums_sizes(self) -> list[int]:
+        scan = self.scan
+        matrix = scan.state * scan.channels * (2 if scan.complex else 1)
+        matrices = 1 + scan.constant_b + scan.constant_c
+        return [matrix] * matrices + [scan.channels] * 2
+
+    def _by_dim(self, x: Tensor) -> Tensor:
+        """(directions, groups, floats) as (directions, dim, state)."""
+        shape = (self.scan.state, self.scan.channels)
+        if self.scan.complex:
+            x = torch.view_as_complex(x.unflatten(-1, (*shape, 2)))
+        else:
+            x = x.unflatten(-1, shape)
+        copy = x.mT.clone(memory_format=torch.contiguous_format)
+        return copy.flatten(1, 2)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Float32 with a contiguous last axis."""
-    x = x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _inverse(A: Tensor) -> tuple[Tensor, Tensor]:
+    """``1 / A``, 0 where A is 0 or nearly so; and where that is."""
+    flat = A.abs() < FLAT
+    double = torch.complex128 if A.is_complex() else torch.float64
+    inverse = torch.where(flat, 1, A).to(double).reciprocal().to(A.dtype)
+    return torch.where(flat, 0, inverse), flat.float()
+
+
+def _shared(matrix: Tensor, groups: int) -> bool:
+    """Whether several groups use the same B or C."""
+    return matrix.dim() == 5 and matrix.shape[3] < groups
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous, without a pending conjugation or negation."""
+    return x.resolve_conj().resolve_neg().contiguous()
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of ``dtype``, with a contiguous last axis.
+
+    A tensor that all directions share is copied, if at all, once.
+    """
+    once = x[:1] if x.stride(0) == 0 else x
+    once = once.to(dtype).resolve_conj().resolve_neg()
+    if once.stride(-1) != 1:
+        once = once.contiguous()
+    return once.expand(x.shape)
 
 
 def _by_state(matrix: Tensor, groups: int) -> Tensor:
-    """(dim, state) as (groups, state, channels)."""
-    return matrix.unflatten(0, (groups, -1)).mT.contiguous()
-
-
-def _by_dim(matrix: Tensor) -> Tensor:
-    """(groups, state, channels) as (dim, state), in memory of its own.
-
-    The outputs of an operator must not share memory.
-    """
-    copy = matrix.mT.clone(memory_format=torch.contiguous_format)
-    return copy.flatten(0, 1)
+    """(directions, dim, state) as (directions, groups, state, channels)."""
+    return _dense(matrix.unflatten(1, (groups, -1)).mT)
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -274,16 +350,18 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _view(x: Tensor, groups: int) -> _View:
-    """Of (batch, length, dim)."""
-    channels = x.shape[2] // groups
-    return _View(x.data_ptr(), x.stride(0), x.stride(1), channels)
+    """Of (directions, batch, length, dim)."""
+    return _View(x.data_ptr(), *x.stride()[:3], x.shape[3] // groups)
 
 
-def _matrix_view(x: Tensor) -> _View:
-    """Of B or C as in the scan, or constant (groups, state, channels)."""
-    if x.dim() == 3:
-        return _View(x.data_ptr(), 0, 0, x.stride(0))
-    return _View(x.data_ptr(), *x.stride()[:3])
+def _matrix_view(x: Tensor, groups: int) -> _View:
+    """Of B or C as in the scan, or constant, as :func:`_by_state`."""
+    floats = 2 if x.is_complex() else 1
+    if x.dim() == 4:
+        direction, group = (floats * step for step in x.stride()[:2])
+        return _View(x.data_ptr(), direction, 0, 0, group)
+    *steps, group = (floats * step for step in x.stride()[:4])
+    return _View(x.data_ptr(), *steps, 0 if _shared(x, groups) else group)
 
 
 def _built() -> ctypes.CDLL:

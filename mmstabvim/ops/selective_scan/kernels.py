@@ -1,42 +1,64 @@
 """Triton kernels of the selective scan; README.md here derives the formulas.
 
-One program walks a block of channels of one sequence, token after token, the
-state in registers: sums do not depend on the launch. Tiles are (BLOCK_N
-states, BLOCK_D channels), so that a lane owns whole channels and only sums
-over channels cross lanes. With COMPLEX a value is a pair of tiles, real and
-imaginary part, without it one tile; the helpers hide which.
+One program walks a span of the tokens of one direction of one sequence, for a
+block of channels, the state in registers: sums do not depend on the launch.
+Positions count tokens in the order of the walk; pointers to a token's numbers
+move by a signed step, so that the order is data.
+
+Tiles are (NR, NL, DL, DR): a lane holds NR states of DR channels, NL lanes
+share a channel and DL lanes a state. Per-channel tiles repeat the NL axis
+where they are loaded, so that loads already have the tile's distribution.
+With COMPLEX a value is a pair of tiles, real and imaginary part, without it
+one tile; the helpers hide which.
 """
+
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+UNSPECIALIZED = ('directions', 'span', 'reverse', 'zero')
+"""Arguments that are not compiled into a kernel where they are 1.
 
-@triton.jit
-def _load(ptr, offs, mask, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        re = tl.load(ptr + 2 * offs, mask=mask, other=0.0)
-        im = tl.load(ptr + 2 * offs + 1, mask=mask, other=0.0)
-        return re.to(tl.float32), im.to(tl.float32)
-    else:
-        return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+``zero`` is 0, which the compiler must not know: else it turns every address
+of an unrolled loop into a pointer of its own to count up, a hundred registers
+in the backward kernel.
+"""
 
 
 @triton.jit
-def _store(ptr, offs, x, mask, COMPLEX: tl.constexpr):
+def _load(ptr, mask, COMPLEX: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Float32 values; complex ones are pairs in memory.
+
+    With AGAIN the compiler does not reuse an earlier load's values.
+    """
     if COMPLEX:
-        tl.store(ptr + 2 * offs, x[0], mask=mask)
-        tl.store(ptr + 2 * offs + 1, x[1], mask=mask)
+        re = _load(ptr, mask, False, AGAIN)
+        return re, _load(ptr + 1, mask, False, AGAIN)
+    elif mask is None:
+        return tl.load(ptr, volatile=AGAIN).to(tl.float32)
     else:
-        tl.store(ptr + offs, x, mask=mask)
+        x = tl.load(ptr, mask=mask, other=0.0, volatile=AGAIN)
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, x, mask, COMPLEX: tl.constexpr):
+    if COMPLEX:
+        tl.store(ptr, x[0], mask=mask)
+        tl.store(ptr + 1, x[1], mask=mask)
+    else:
+        tl.store(ptr, x, mask=mask)
 
 
 @triton.jit
 def _zeros(
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, COMPLEX: tl.constexpr
-):
-    zeros = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
+    COMPLEX: tl.constexpr,
+):  # fmt: skip
+    zeros = tl.zeros((NR, NL, DL, DR), tl.float32)
     if COMPLEX:
         return zeros, zeros
     else:
@@ -77,19 +99,20 @@ def _conj(x, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _sum_channels(x, COMPLEX: tl.constexpr):
-    """(BLOCK_N, 1): sum over the channels of the block."""
+    """(NR, NL, 1, 1): sum over the block, first within a lane."""
     if COMPLEX:
-        re = tl.sum(x[0], axis=1, keep_dims=True)
-        return re, tl.sum(x[1], axis=1, keep_dims=True)
+        return _sum_channels(x[0], False), _sum_channels(x[1], False)
     else:
-        return tl.sum(x, axis=1, keep_dims=True)
+        x = tl.sum(x, axis=3, keep_dims=True)
+        return tl.sum(x, axis=2, keep_dims=True)
 
 
 @triton.jit
 def _dot_states(x, y, COMPLEX: tl.constexpr):
-    """(1, BLOCK_D): real part of the sum of x y over the states."""
+    """(1, 1, DL, DR): real part of the sum of x y over the states."""
     product = x[0] * y[0] - x[1] * y[1] if COMPLEX else x * y
-    return tl.sum(product, axis=0, keep_dims=True)
+    product = tl.sum(product, axis=0, keep_dims=True)
+    return tl.sum(product, axis=1, keep_dims=True)
 
 
 @triton.jit
@@ -179,262 +202,382 @@ def _phi1(x, exp_x, COMPLEX: tl.constexpr):
 
 @triton.jit
 def _softplus(x):
-    """``log(1 + exp(x))``; the identity above 20, as the sum rounds to x."""
-    e = tl.exp(-tl.abs(x))
-    w = 1.0 + e
-    # the quotient makes up for what rounding took from w
-    return tl.maximum(x, 0.0) + (tl.log(w) + (e - (w - 1.0)) / w)
+    """``log(1 + exp(x))`` and its slope, each to a few roundings.
+
+    With e = exp(-|x|), log(1 + e) = e P(e), P a Chebyshev fit to 3e-8: the
+    hardware's logarithm has an absolute error, and small steps are near its
+    zero. A product of inverse roots costs a third of a quotient.
+    """
+    e = tl.exp2(-LOG2E * tl.abs(x))
+    p = -0.02958851 + e * 0.00525346
+    p = 0.07836167 + e * p
+    p = -0.1367477 + e * p
+    p = 0.1911143 + e * p
+    p = -0.2484437 + e * p
+    p = 0.3331927 + e * p
+    p = -0.49999502 + e * p
+    p = 1.0 + e * p
+    root = tl.rsqrt(1.0 + e)
+    slope = tl.where(x < 0.0, e, 1.0) * (root * root)
+    return tl.maximum(x, 0.0) + e * p, slope
 
 
 @triton.jit
-def _advance(h, step, u, A, B, ZOH: tl.constexpr, COMPLEX: tl.constexpr):
-    """State after a token, ``exp(step A) h + B_bar u``."""
-    decay = _decay(step, A, COMPLEX)
+def _step(delta, bias, SOFTPLUS: tl.constexpr):
+    """Step size of a token, and its slope in delta."""
+    if SOFTPLUS:
+        return _softplus(delta + bias)
+    else:
+        return delta + bias, 1.0
+
+
+@triton.jit
+def _drive(step, u, A, B, decay, ZOH: tl.constexpr, COMPLEX: tl.constexpr):
+    """What a token adds to the state, ``B_bar u``."""
     drive = _scale(B, step * u, COMPLEX)
     if ZOH:
         gain, _ = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
         drive = _mul(drive, gain, COMPLEX)
-    return _add(_mul(decay, h, COMPLEX), drive, COMPLEX)
+    return drive
 
 
 @triton.jit
 def _load_optional(ptr, offs, mask):
     if ptr is not None:
-        return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        return _load(ptr + offs, mask, False)
     else:
         return tl.zeros(offs.shape, tl.float32)
 
 
 @triton.jit
-def _load_token(u_ptr, delta_ptr, offs, bias, mask, SOFTPLUS: tl.constexpr):
-    """Input and step size of a token, and the slope of the softplus."""
-    u = _load(u_ptr, offs, mask, False)
-    step = _load(delta_ptr, offs, mask, False) + bias
-    if SOFTPLUS:
-        return u, _softplus(step), tl.sigmoid(step)
-    else:
-        return u, step, 1.0
+def _program(
+    batch, length, groups, channels, span, reverse, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """What this program walks.
+
+    Returns direction, sample, group, block of channels, the first token in
+    memory's order, the order (1 or -1) and the number of tokens.
+    """
+    blocks = tl.cdiv(channels, BLOCK_D)
+    block = tl.program_id(0) % blocks
+    sequence = tl.program_id(0) // blocks
+    group = sequence % groups
+    sequence = sequence // groups
+    direction = sequence // batch
+    start = tl.program_id(1) * span
+    backwards = ((reverse >> direction) & 1).to(tl.int32)
+    first = start + backwards * (length - 1 - 2 * start)
+    # int64: u may have more than 2**31 elements
+    return (
+        direction.to(tl.int64),
+        (sequence % batch).to(tl.int64),
+        group.to(tl.int64),
+        block.to(tl.int64),
+        first.to(tl.int64),
+        (1 - 2 * backwards).to(tl.int64),
+        tl.minimum(span, length - start),
+    )
 
 
 @triton.jit
 def _tile(
-    groups, channels, state, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+    place,
+    NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
-    """Batch, group, states and channels (of the group) of this program."""
-    # int64: u may have more than 2**31 elements
-    sequence = tl.program_id(0).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)[:, None]
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    return sequence // groups, sequence % groups, n, d
+    """States, and the group's channels, without and with the NL axis."""
+    _, _, group, block, _, _, _ = place
+    nr = tl.arange(0, NR)[:, None, None, None]
+    nl = tl.arange(0, NL)[None, :, None, None]
+    dl = tl.arange(0, DL)[None, None, :, None]
+    dr = tl.arange(0, DR)[None, None, None, :]
+    c = block.to(tl.int32) * (DL * DR) + dl * DR + dr
+    n = nl * NR + nr
+    return n, n + 0 * dl, c, c + 0 * nl
 
 
 @triton.jit
-def _matrix_tile(
-    batch, group, n, stride_batch, stride_group, offs_dn, mask_dn, mask_n,
-    CONSTANT: tl.constexpr,
+def _token(ptr, strides, place):
+    """Pointer to the first token walked, and the step to the next."""
+    direction, sample, _, _, first, order, _ = place
+    start = direction * strides[0] + sample * strides[1] + first * strides[2]
+    return ptr + start, (order * strides[2]).to(tl.int32)
+
+
+@triton.jit
+def _at(ptr, i, step):
+    """Pointer i steps on."""
+    return ptr + i.to(tl.int64) * step
+
+
+@triton.jit
+def _matrix(
+    ptr, strides, place, offs_dn, mask,
+    CONSTANT: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of B or C: of token 0, or of the constant matrix."""
+    """B or C: of the first token, as :func:`_token`; or the constant tile."""
     if CONSTANT:
-        return offs_dn, mask_dn
+        return _load(ptr + offs_dn, mask, COMPLEX), 0
     else:
-        return batch * stride_batch + group * stride_group + n, mask_n
+        _, _, group, _, _, _, _ = place
+        return _token(ptr + group * strides[3], strides, place)
 
 
 @triton.jit
-def _adjoint(
-    carry, before, step, u, dy, A, B, C,
-    ZOH: tl.constexpr, COMPLEX: tl.constexpr,
-):  # fmt: skip
-    """One token back, from ``before``, the state that entered it.
-
-    Returns the gradient of ``before`` and the token's gradients of step A,
-    of step u (Euler) and, per channel, of B and C.
-    """
-    decay = _decay(step, A, COMPLEX)
-    kept = _mul(decay, before, COMPLEX)
-    drive = _scale(B, step * u, COMPLEX)
-    dread = 2.0 * dy if COMPLEX else dy  # with the conjugate modes
-    dh = _add(carry, _scale(_conj(C, COMPLEX), dread, COMPLEX), COMPLEX)
-    carry = _mul(dh, _conj(decay, COMPLEX), COMPLEX)
-    # from kept, the product: h - drive would cancel
-    drate = _mul(dh, _conj(kept, COMPLEX), COMPLEX)
-    if ZOH:
-        gain, slope = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
-        weight = _conj(_mul(slope, drive, COMPLEX), COMPLEX)
-        drate = _add(drate, _mul(dh, weight, COMPLEX), COMPLEX)
-        drive = _mul(gain, drive, COMPLEX)
-        dh = _mul(dh, _conj(gain, COMPLEX), COMPLEX)
-    h = _add(kept, drive, COMPLEX)
-    dx = _dot_states(dh, _conj(B, COMPLEX), COMPLEX)
-    dB = _scale(dh, step * u, COMPLEX)
-    return carry, drate, dx, dB, _scale(_conj(h, COMPLEX), dread, COMPLEX)
-
-
-@triton.jit
-def _collect(
-    total, ptr, offs, x, mask, CONSTANT: tl.constexpr, COMPLEX: tl.constexpr
-):  # fmt: skip
-    """Add to the gradient of a constant matrix, or store one token's."""
+def _entry(B, i, step, n, CONSTANT: tl.constexpr):
+    """Where B or C of token i is, from what :func:`_matrix` returned."""
     if CONSTANT:
-        return _add(total, x, COMPLEX)
+        return B
     else:
-        _store(ptr, offs, _sum_channels(x, COMPLEX), mask, COMPLEX)
-        return total
+        return _at(B, i, step) + n
 
 
 @triton.jit
-def _scan_fwd_kernel(
-    u_ptr, delta_ptr,  # (batch, length, dim)
-    A_ptr,  # (dim, state)
-    B_ptr, C_ptr,  # (batch, length, groups, state) or constant (dim, state)
-    D_ptr, bias_ptr,  # (dim,) or None
-    y_ptr,  # (batch, length, dim)
-    last_ptr,  # (batch, dim, state)
-    borders_ptr,  # (chunks, batch, groups, state, channels) or None
-    length, groups, channels, state,
-    B_batch, B_token, B_group,  # strides, 0 where constant
-    C_batch, C_token, C_group,
+def _read(B, mask, CONSTANT: tl.constexpr, COMPLEX: tl.constexpr):
+    """B or C from where it is."""
+    if CONSTANT:
+        return B
+    else:
+        return _load(B, mask, COMPLEX)
+
+
+@triton.jit
+def _move(B, step, CONSTANT: tl.constexpr):
+    """B or C of the next token."""
+    if CONSTANT:
+        return B
+    else:
+        return B + step
+
+
+@triton.jit
+def _advance(
+    h, i, u_at, delta_at, B, u_step, delta_step, B_step, A, bias,
+    d, c, n, mask_d, mask_c, mask_n,
+    CONSTANT_B: tl.constexpr, SOFTPLUS: tl.constexpr, ZOH: tl.constexpr,
+    COMPLEX: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """State after GROUP tokens, and the sum of their steps."""
+    u_d, delta_c = _at(u_at, i, u_step) + d, _at(delta_at, i, delta_step) + c
+    B_n = _entry(B, i, B_step, n, CONSTANT_B)
+    tokens = ()
+    for j in tl.static_range(GROUP):
+        B_j = _read(B_n, mask_n, CONSTANT_B, COMPLEX)
+        u, delta = _load(u_d, mask_d, False), _load(delta_c, mask_c, False)
+        tokens = tokens + ((u, delta, B_j),)
+        u_d, delta_c = u_d + u_step, delta_c + delta_step
+        B_n = _move(B_n, B_step, CONSTANT_B)
+    total = tl.zeros_like(bias)
+    for j in tl.static_range(GROUP):
+        u, delta, B_j = tokens[j]
+        step, _ = _step(delta, bias, SOFTPLUS)
+        decay = _decay(step, A, COMPLEX)
+        drive = _drive(step, u, A, B_j, decay, ZOH, COMPLEX)
+        h = _add(_mul(decay, h, COMPLEX), drive, COMPLEX)
+        total += step
+    return h, total
+
+
+@triton.jit
+def _scan_group(
+    h, i, u_at, delta_at, B, C, y_at,
+    u_step, delta_step, B_step, C_step, y_step, A, D, bias,
+    d, c, n, mask_d, mask_c, mask_n,
     CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ZOH: tl.constexpr,
-    COMPLEX: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ZOH: tl.constexpr,
+    COMPLEX: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    batch, group, n, d = _tile(groups, channels, state, BLOCK_N, BLOCK_D)
-    mask_n, mask_d = n < state, d < channels
-    mask = mask_n & mask_d
-    dim = groups * channels
-    channel = group * channels + d
-    offs_dn = channel * state + n
-    A = _load(A_ptr, offs_dn, mask, COMPLEX)
-    offs_b, mask_b = _matrix_tile(
-        batch, group, n, B_batch, B_group, offs_dn, mask, mask_n, CONSTANT_B
-    )
-    offs_c, mask_c = _matrix_tile(
-        batch, group, n, C_batch, C_group, offs_dn, mask, mask_n, CONSTANT_C
-    )
-    D = _load_optional(D_ptr, channel, mask_d)
-    bias = _load_optional(bias_ptr, channel, mask_d)
-    states = ((batch * groups + group) * state + n) * channels + d
-    all_states = tl.num_programs(0).to(tl.int64) * state * channels
-    h = _zeros(BLOCK_N, BLOCK_D, COMPLEX)
-    first = tl.full((), length - 1 if REVERSE else 0, tl.int64)
-    for i in range(length):
-        if borders_ptr is not None:  # noqa: SIM102 - one is compile-time
-            if i % CHUNK == 0:
-                border = states + i // CHUNK * all_states
-                _store(borders_ptr, border, h, mask, COMPLEX)
-        t = first - i if REVERSE else first + i
-        offs = (batch * length + t) * dim + channel
-        u, step, _ = _load_token(
-            u_ptr, delta_ptr, offs, bias, mask_d, SOFTPLUS
-        )
-        B = _load(B_ptr, offs_b + t * B_token, mask_b, COMPLEX)
-        h = _advance(h, step, u, A, B, ZOH, COMPLEX)
-        C = _load(C_ptr, offs_c + t * C_token, mask_c, COMPLEX)
-        y = _dot_states(h, C, COMPLEX)
+    """State after GROUP tokens, whose outputs are stored.
+
+    Their loads come before the stores, which they could not overtake.
+    """
+    u_d, delta_c = _at(u_at, i, u_step) + d, _at(delta_at, i, delta_step) + c
+    y_d = _at(y_at, i, y_step) + d
+    B_n = _entry(B, i, B_step, n, CONSTANT_B)
+    C_n = _entry(C, i, C_step, n, CONSTANT_C)
+    tokens = ()
+    for j in tl.static_range(GROUP):
+        u, delta = _load(u_d, mask_d, False), _load(delta_c, mask_c, False)
+        B_j = _read(B_n, mask_n, CONSTANT_B, COMPLEX)
+        C_j = _read(C_n, mask_n, CONSTANT_C, COMPLEX)
+        tokens = tokens + ((u, delta, B_j, C_j),)
+        u_d, delta_c = u_d + u_step, delta_c + delta_step
+        B_n = _move(B_n, B_step, CONSTANT_B)
+        C_n = _move(C_n, C_step, CONSTANT_C)
+    for j in tl.static_range(GROUP):
+        u, delta, B_j, C_j = tokens[j]
+        step, _ = _step(delta, bias, SOFTPLUS)
+        decay = _decay(step, A, COMPLEX)
+        drive = _drive(step, u, A, B_j, decay, ZOH, COMPLEX)
+        h = _add(_mul(decay, h, COMPLEX), drive, COMPLEX)
+        y = _dot_states(h, C_j, COMPLEX)
         if COMPLEX:
             y *= 2.0  # with the conjugate modes
-        tl.store(y_ptr + offs, y + D * u, mask=mask_d)
-    _store(last_ptr, batch * dim * state + offs_dn, h, mask, COMPLEX)
+        tl.store(y_d, y + D * u, mask=mask_d)
+        y_d += y_step
+    return h
 
 
 @triton.jit
-def _scan_bwd_kernel(
-    dy_ptr,  # (batch, length, dim)
-    dlast_ptr,  # (batch, dim, state) or None
-    borders_ptr,  # (chunks, batch, groups, state, channels)
-    u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr,  # as forward
-    scratch_ptr,  # (CHUNK, batch, groups, state, channels)
-    du_ptr, ddelta_ptr,  # (batch, length, dim)
-    dA_ptr,  # (batch, dim, state)
-    dB_ptr, dC_ptr,  # (blocks, batch, length, groups, state) or as dA
-    dD_ptr, dbias_ptr,  # (batch, dim)
-    length, groups, channels, state,
-    B_batch, B_token, B_group,  # strides, 0 where constant
-    C_batch, C_token, C_group,
-    CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, ZOH: tl.constexpr,
-    COMPLEX: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def _fold(
+    carry, end_at, sum_at, end_step, sum_step, count, A, mask, mask_c,
+    CONJUGATE: tl.constexpr, COMPLEX: tl.constexpr,
 ):  # fmt: skip
-    batch, group, n, d = _tile(groups, channels, state, BLOCK_N, BLOCK_D)
-    mask_n, mask_d = n < state, d < channels
-    mask = mask_n & mask_d
+    """Carry a state, or its gradient, over ``count`` spans, in their order.
+
+    What leaves a span: what enters it, decayed by the sum of its steps, and
+    what the span alone gives.
+    """
+    for _ in range(count):
+        decay = _decay(_load(sum_at, mask_c, False), A, COMPLEX)
+        if CONJUGATE:
+            decay = _conj(decay, COMPLEX)
+        end = _load(end_at, mask, COMPLEX)
+        carry = _add(_mul(decay, carry, COMPLEX), end, COMPLEX)
+        end_at += end_step
+        sum_at += sum_step
+    return carry
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _scan_ends_kernel(
+    u_ptr, delta_ptr, A_ptr, B_ptr, bias_ptr,  # as of _scan_fwd_kernel
+    ends_ptr,  # (spans, directions, batch, dim, state)
+    sums_ptr,  # (spans, directions, batch, dim)
+    u_strides, delta_strides, B_strides,
+    directions, batch, length, groups, channels, span, reverse, zero,
+    STATE: tl.constexpr, WHOLE: tl.constexpr, CONSTANT_B: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    GROUP: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
+):  # fmt: skip
+    """Each span's last state from a zero state, and the sum of its steps."""
+    place = _program(
+        batch, length, groups, channels, span, reverse, DL * DR
+    )
+    direction, sample, group, _, _, _, count = place
+    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    WIDTH: tl.constexpr = 2 if COMPLEX else 1
+    mask_n = None if STATE == NR * NL else n < STATE
+    mask_d = None if WHOLE else d < channels
+    mask_c = None if WHOLE else c < channels
+    mask = (n < STATE) & (d < channels)
     dim = groups * channels
-    channel = group * channels + d
-    offs_dn = channel * state + n
-    offs_sum = batch * dim * state + offs_dn
-    A = _load(A_ptr, offs_dn, mask, COMPLEX)
-    offs_b, mask_b = _matrix_tile(
-        batch, group, n, B_batch, B_group, offs_dn, mask, mask_n, CONSTANT_B
+    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
+    weights = direction * dim
+    state = (d * STATE + n) * WIDTH
+    A_row = weights * STATE * WIDTH + state
+    n = n * WIDTH
+    A = _load(A_ptr + A_row, mask, COMPLEX)
+    bias = _load_optional(bias_ptr, weights + c, mask_c)
+    u_at, u_step = _token(u_ptr, u_strides, place)
+    delta_at, delta_step = _token(delta_ptr, delta_strides, place)
+    B, B_step = _matrix(
+        B_ptr, B_strides, place, A_row, mask, CONSTANT_B, COMPLEX
     )
-    offs_c, mask_c = _matrix_tile(
-        batch, group, n, C_batch, C_group, offs_dn, mask, mask_n, CONSTANT_C
+    h = _zeros(NR, NL, DL, DR, COMPLEX)
+    total = tl.zeros_like(bias)
+    whole = count // GROUP * GROUP
+    for k in range(0, whole, GROUP):
+        h, some = _advance(
+            h, k ^ zero, u_at, delta_at, B, u_step, delta_step, B_step,
+            A, bias, d, c, n, mask_d, mask_c, mask_n,
+            CONSTANT_B, SOFTPLUS, ZOH, COMPLEX, GROUP,
+        )  # fmt: skip
+        total += some
+    for k in range(whole, count):
+        h, some = _advance(
+            h, k ^ zero, u_at, delta_at, B, u_step, delta_step, B_step,
+            A, bias, d, c, n, mask_d, mask_c, mask_n,
+            CONSTANT_B, SOFTPLUS, ZOH, COMPLEX, 1,
+        )  # fmt: skip
+        total += some
+    row = (tl.program_id(1) * directions + direction) * batch + sample
+    end_at = ends_ptr + row * dim * STATE * WIDTH + state
+    _store(end_at, h, mask, COMPLEX)
+    tl.store(sums_ptr + row * dim + c, total, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _scan_fwd_kernel(
+    u_ptr, delta_ptr,  # (directions, batch, length, dim)
+    A_ptr,  # (directions, dim, state)
+    B_ptr, C_ptr,  # (directions, batch, length, groups, state) or as A
+    D_ptr, bias_ptr,  # (directions, dim) or None
+    ends_ptr, sums_ptr,  # of _scan_ends_kernel; None if there is one span
+    y_ptr,  # (directions, batch, length, dim)
+    last_ptr,  # (directions, batch, dim, state)
+    borders_ptr,  # (directions, batch, chunks, dim, state) or None
+    u_strides, delta_strides, B_strides, C_strides,
+    directions, batch, length, groups, channels, span, reverse, zero,
+    STATE: tl.constexpr, WHOLE: tl.constexpr,
+    CONSTANT_B: tl.constexpr, CONSTANT_C: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ZOH: tl.constexpr, COMPLEX: tl.constexpr,
+    CHUNK: tl.constexpr, GROUP: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
+):  # fmt: skip
+    place = _program(
+        batch, length, groups, channels, span, reverse, DL * DR
     )
-    D = _load_optional(D_ptr, channel, mask_d)
-    bias = _load_optional(bias_ptr, channel, mask_d)
-    carry = _zeros(BLOCK_N, BLOCK_D, COMPLEX)
-    dA, dB, dC = carry, carry, carry
-    dD, dbias = tl.zeros_like(D), tl.zeros_like(D)
-    if dlast_ptr is not None:
-        carry = _load(dlast_ptr, offs_sum, mask, COMPLEX)
-    states = ((batch * groups + group) * state + n) * channels + d
-    all_states = tl.num_programs(0).to(tl.int64) * state * channels
-    # rows of dB and dC: (block, batch, token 0, group)
-    part = tl.program_id(1) * (tl.num_programs(0) // groups) + batch
-    part = part * length * groups + group
-    first = tl.full((), length - 1 if REVERSE else 0, tl.int64)
-    chunks = tl.cdiv(length, CHUNK)
-    for k in range(chunks):
-        start = (chunks - 1 - k) * CHUNK
-        count = tl.minimum(length - start, CHUNK)
-        border = states + (chunks - 1 - k) * all_states
-        h = _load(borders_ptr, border, mask, COMPLEX)
-        tl.debug_barrier()  # the scratch has been read
-        for j in range(count):
-            slot = states + j * all_states
-            _store(scratch_ptr, slot, h, mask, COMPLEX)
-            t = first - start - j if REVERSE else first + start + j
-            offs = (batch * length + t) * dim + channel
-            u, step, _ = _load_token(
-                u_ptr, delta_ptr, offs, bias, mask_d, SOFTPLUS
-            )
-            B = _load(B_ptr, offs_b + t * B_token, mask_b, COMPLEX)
-            h = _advance(h, step, u, A, B, ZOH, COMPLEX)
-        tl.debug_barrier()  # the scratch has been written
-        for back in range(count):
-            j = count - 1 - back
-            slot = states + j * all_states
-            before = _load(scratch_ptr, slot, mask, COMPLEX)
-            t = first - start - j if REVERSE else first + start + j
-            offs = (batch * length + t) * dim + channel
-            u, step, slope = _load_token(
-                u_ptr, delta_ptr, offs, bias, mask_d, SOFTPLUS
-            )
-            B = _load(B_ptr, offs_b + t * B_token, mask_b, COMPLEX)
-            C = _load(C_ptr, offs_c + t * C_token, mask_c, COMPLEX)
-            dy = _load(dy_ptr, offs, mask_d, False)
-            carry, drate, dx, dB_t, dC_t = _adjoint(
-                carry, before, step, u, dy, A, B, C, ZOH, COMPLEX
-            )
-            dA = _add(dA, _scale(drate, step, COMPLEX), COMPLEX)
-            matrix = (part + t * groups) * state + n
-            dB = _collect(
-                dB, dB_ptr, matrix, dB_t, mask_n, CONSTANT_B, COMPLEX
-            )
-            dC = _collect(
-                dC, dC_ptr, matrix, dC_t, mask_n, CONSTANT_C, COMPLEX
-            )
-            tl.store(du_ptr + offs, dx * step + D * dy, mask=mask_d)
-            ddelta = _dot_states(drate, _conj(A, COMPLEX), COMPLEX) + dx * u
-            ddelta *= slope
-            tl.store(ddelta_ptr + offs, ddelta, mask=mask_d)
-            dD += u * dy
-            dbias += ddelta
-    _store(dA_ptr, offs_sum, dA, mask, COMPLEX)
-    if CONSTANT_B:
-        _store(dB_ptr, offs_sum, dB, mask, COMPLEX)
-    if CONSTANT_C:
-        _store(dC_ptr, offs_sum, dC, mask, COMPLEX)
-    tl.store(dD_ptr + batch * dim + channel, dD, mask=mask_d)
-    tl.store(dbias_ptr + batch * dim + channel, dbias, mask=mask_d)
+    direction, sample, group, _, first, order, count = place
+    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    WIDTH: tl.constexpr = 2 if COMPLEX else 1
+    mask_n = None if STATE == NR * NL else n < STATE
+    mask_d = None if WHOLE else d < channels
+    mask_c = None if WHOLE else c < channels
+    mask = (n < STATE) & (d < channels)
+    dim = groups * channels
+    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
+    weights = direction * dim
+    state = (d * STATE + n) * WIDTH
+    A_row = weights * STATE * WIDTH + state
+    n = n * WIDTH
+    A = _load(A_ptr + A_row, mask, COMPLEX)
+    D = _load_optional(D_ptr, weights + d, mask_d)
+    bias = _load_optional(bias_ptr, weights + c, mask_c)
+    u_at, u_step = _token(u_ptr, u_strides, place)
+    delta_at, delta_step = _token(delta_ptr, delta_strides, place)
+    B, B_step = _matrix(
+        B_ptr, B_strides, place, A_row, mask, CONSTANT_B, COMPLEX
+    )
+    C, C_step = _matrix(
+        C_ptr, C_strides, place, A_row, mask, CONSTANT_C, COMPLEX
+    )
+    row = direction * batch + sample
+    y_at = y_ptr + (row * length + first) * dim
+    y_step = (order * dim).to(tl.int32)
+    h = _zeros(NR, NL, DL, DR, COMPLEX)
+    if ends_ptr is not None:
+        stride = directions.to(tl.int64) * batch * dim
+        h = _fold(
+            h, ends_ptr + row * dim * STATE * WIDTH + state,
+            sums_ptr + row * dim + c, stride * STATE * WIDTH, stride,
+            tl.program_id(1), A, mask, mask_c, False, COMPLEX,
+        )  # fmt: skip
+    if borders_ptr is not None:
+        border = row * tl.cdiv(length, CHUNK) + tl.program_id(1) * span // CHUNK
+        border_at = borders_ptr + border * dim * STATE * WIDTH + state
+    whole = count // CHUNK * CHUNK
+    for i in range(0, whole, CHUNK):
+        if borders_ptr is not None:
+            _store(border_at, h, mask, COMPLEX)
+            border_at += dim * STATE * WIDTH
+        for k in range(0, CHUNK, GROUP):
+            h = _scan_group(
+                h, (i + k) ^ zero, u_at, delta_at, B, C, y_at,
+                u_step, delta_step, B_step, C_step, y_step, A, D, bias,
+                d, c, n, mask_d, mask_c, mask_n,
+                CONSTANT_B, CONSTANT_C, SOFTPLUS, ZOH, COMPLEX, GROUP,
+            )  # fmt: skip
+    if borders_ptr is not None:  # noqa: SIM102 - one is compile-time
+        if whole < count:
+            _store(border_at, h, mask, COMPLEX)
+    for i in range(whole, count):
+        h = _scan_group(
+            h, i ^ zero, u_at, delta_at, B, C, y_at,
+            u_step, delta_step, B_step, C_step, y_step, A, D, bias,
+            d, c, n, mask_d, mask_c, mask_n,
+            CONSTANT_B, CONSTANT_C, SOFTPLUS, ZOH, COMPLEX, 1,
+        )  # fmt: skip
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        last_at = last_ptr + row * dim * STATE * WIDTH + state
+        _store(last_at, h, mask, COMPLEX)

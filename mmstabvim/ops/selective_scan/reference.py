@@ -5,20 +5,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmstabvim.ops.selective_scan.discretization import phi1
+from mmstabvim.ops.selective_scan.inputs import ScanInputs, state_dtype
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Real dtype of the state: float32, or float64 if an input is wider."""
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype.to_real())
-    return dtype
-
-
-def num_groups(*matrices: Tensor) -> int:
-    """Groups of channels that have a B or a C of their own."""
-    return max((m.shape[2] for m in matrices if m.dim() == 4), default=1)
+def scan_ref(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan_ref` of each direction, stacked."""
+    results = []
+    for k, reverse in enumerate(inputs.reverse):
+        given = (None if x is None else x[k] for x in inputs.tensors)
+        results.append(
+            selective_scan_ref(
+                *given, inputs.delta_softplus, reverse, inputs.b_disc
+            )
+        )
+    y, last = (torch.stack(x) for x in zip(*results, strict=True))
+    return y, last
 
 
 def selective_scan_ref(
@@ -67,7 +68,7 @@ def selective_scan_ref(
     Source: arXiv:2312.00752, Eq. 2 and Algorithm 2; ``'zoh'`` is Eq. 4,
     ``'euler'`` what the public code computes.
     """
-    real = compute_dtype(u, delta, A, B, C, D, delta_bias)
+    real = state_dtype(u, delta, A, B, C, D, delta_bias)
     with torch.autocast(u.device.type, enabled=False):
         u, delta = u.to(real), delta.to(real)
         if delta_bias is not None:
@@ -100,3 +101,10 @@ def _at(matrix: Tensor, t: int, dim: int) -> Tensor:
     if groups == 1:
         return matrix[:, t]
     return matrix[:, t].repeat_interleave(dim // groups, dim=1)
+
+
+compute_dtype = state_dtype
+
+
+def num_groups(*matrices: Tensor) -> int:
+    return max((m.shape[2] for m in matrices if m.dim() == 4), default=1)

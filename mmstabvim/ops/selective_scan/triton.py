@@ -1,22 +1,39 @@
-"""The ``triton`` backend: launches the kernels of ``kernels.py``.
+"""The ``triton`` backend: launches the kernels of ``kernels*.py``.
 
-The signatures, results and stored states' shape of ``cpu.py``. Tile sizes
-follow from the shape alone, and every sum has a fixed order: the same bits
-from run to run. Import this file only where it is used: it imports triton.
+The signatures and results of ``cpu.py``; y and the gradients of u and delta
+are in half precision if u and delta are. All directions run in one launch.
+Tile sizes and the split over the length follow from the shape alone, and
+every sum has a fixed order: the same bits from run to run. Import this file
+only where it is used: it imports triton.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from mmstabvim.ops.selective_scan.cpu import CHUNK
+from mmstabvim.ops.selective_scan.inputs import ScanInputs
 from mmstabvim.ops.selective_scan.kernels import (
-    _scan_bwd_kernel,
+    _scan_ends_kernel,
     _scan_fwd_kernel,
 )
-from mmstabvim.ops.selective_scan.reference import compute_dtype, num_groups
+from mmstabvim.ops.selective_scan.kernels_backward import (
+    _adjoint_ends_kernel,
+    _scan_bwd_kernel,
+)
+
+CHUNK = 8
+"""Tokens between two stored states.
+
+With N states, a stored state costs 8 N / CHUNK bytes of traffic per token and
+channel, and recomputing from it (CHUNK - GROUP) / (2 CHUNK) of the forward
+pass's exponentials. At N = 16 a chunk of 4 would save the backward kernel 9 %
+of its instructions for twice those 16 bytes, more than all its inputs.
+"""
+
+GROUP = 4
+"""Tokens whose states the backward kernel holds in registers."""
 
 MAX_STATE = 64
 """States per channel that a tile can hold."""
@@ -24,169 +41,191 @@ MAX_STATE = 64
 TILE_NUMEL = 512
 """Numbers in a real tile: 16 registers in each lane of one warp."""
 
-FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1)
+ENOUGH_PROGRAMS = 1056
+"""Two warps for each scheduler of 132 multiprocessors: no split from here on.
+
+A split costs 0.7 times a forward pass and 0.2 times a backward pass.
+"""
+
+SHORTEST_SPAN = 64
+"""Tokens of a span, at least, where the length is split."""
+
+MAX_STEP = 1 << 28
+"""Numbers from one token to the next that 32-bit offsets reach."""
+
+MAX_DIRECTIONS = 31
+"""Bits of the mask of their orders."""
+
+CONSTANT_DIMS = 3
+"""Axes of a constant B or C: (directions, dim, state)."""
+
+FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=128)
+"""Left to itself, the assembler takes 170 registers to hoist loads."""
+ENDS_OPTIONS: dict[str, Any] = dict(num_warps=1)
 BACKWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=255)
 """Left to itself, the assembler spills here to fit one more warp."""
 
 
+def output_dtype(inputs: ScanInputs) -> torch.dtype:
+    """Dtype of y and of the gradients of u and delta."""
+    half = (torch.bfloat16, torch.float16)
+    if inputs.u.dtype in half and inputs.delta.dtype == inputs.u.dtype:
+        return inputs.u.dtype
+    return torch.float32
+
+
+def borders_shape(inputs: ScanInputs, keep_states: bool) -> tuple[int, ...]:
+    """(directions, batch, chunks, dim, state); chunks as walked."""
+    directions, batch, length, dim = inputs.u.shape
+    chunks = triton.cdiv(length, CHUNK) if keep_states else 0
+    return directions, batch, chunks, dim, inputs.A.shape[2]
+
+
 @torch.no_grad()
 def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
-    keep_states: bool,
+    inputs: ScanInputs, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.cpu.forward`; chunks are counted in the order of the walk.
+    """As :func:`.cpu.forward`, with borders of its own.
 
     Raises:
         RuntimeError: If the tensors are not on a GPU and triton does not
             interpret.
         TypeError: If an input is float64 or complex128.
-        ValueError: If the state has more than 64 modes.
+        ValueError: If the state has more than 64 modes, or there are more
+            than 31 directions.
     """
-    call = _Call(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, b_disc
+    call = _Call(inputs)
+    directions, batch, _, dim = inputs.u.shape
+    y = torch.empty(
+        inputs.u.shape, dtype=output_dtype(inputs), device=call.device
     )
-    batch, length, dim = u.shape
-    groups, state = call.groups, A.shape[1]
-    chunks = triton.cdiv(length, CHUNK) if keep_states else 0
-    y = call.empty(u.shape)
-    last = call.empty_state((batch, dim, state))
-    borders = call.empty_state((chunks, batch, groups, state, dim // groups))
+    last = call.empty_state((directions, batch, dim, call.state))
+    borders = call.empty_state(borders_shape(inputs, keep_states))
+    call.split(_scan_ends_kernel)
     call.launch(
         _scan_fwd_kernel,
         FORWARD_OPTIONS,
-        *call.inputs,
-        y,
-        _as_real(last),
-        _as_real(borders) if keep_states else None,
+        call.forward_tile,
+        y_ptr=y,
+        last_ptr=_as_real(last),
+        borders_ptr=_as_real(borders) if keep_states else None,
     )
     return y, last, borders
 
 
 @torch.no_grad()
 def backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    borders: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-    b_disc: str,
+    dy: Tensor, dlast: Tensor | None, borders: Tensor, inputs: ScanInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As :func:`.cpu.backward`, from the ``borders`` of this forward."""
-    call = _Call(
-        u, delta, A, B, C, D, delta_bias, delta_softplus, reverse, b_disc
+    call = _Call(inputs)
+    dy = _rows(dy)
+    call.arguments |= dict(dy_ptr=dy, dy_strides=dy.stride()[:3])
+    call.split(_adjoint_ends_kernel)
+    du, ddelta = (
+        torch.empty(x.shape, dtype=output_dtype(inputs), device=call.device)
+        for x in (inputs.u, inputs.delta)
     )
-    batch, _, dim = u.shape
-    scratch = call.empty_state((CHUNK, *borders.shape[1:]))
-    du, ddelta = call.empty(u.shape), call.empty(u.shape)
-    dA = call.empty_state((batch, *A.shape))
-    dB, dC = call.matrix_parts(B), call.matrix_parts(C)
-    dD, dbias = call.empty((batch, dim)), call.empty((batch, dim))
+    dA = call.empty_state((*call.sums, call.state))
+    dB, dC = call.empty_parts(inputs.B), call.empty_parts(inputs.C)
+    dD, dbias = call.empty(call.sums), call.empty(call.sums)
     call.launch(
         _scan_bwd_kernel,
         BACKWARD_OPTIONS,
-        dy.contiguous(),
-        None if dlast is None else _as_real(dlast.to(call.wide)),
-        _as_real(borders),
-        *call.inputs,
-        *(_as_real(x) for x in (scratch, du, ddelta, dA, dB, dC, dD, dbias)),
+        call.backward_tile,
+        dlast_ptr=None if dlast is None else _as_real(dlast.to(call.wide)),
+        borders_ptr=_as_real(borders),
+        du_ptr=du,
+        ddelta_ptr=ddelta,
+        dA_ptr=_as_real(dA),
+        dB_ptr=_as_real(dB),
+        dC_ptr=_as_real(dC),
+        dD_ptr=dD,
+        dbias_ptr=dbias,
     )
     return (
         du,
         ddelta,
-        dA.sum(0),
-        _sum_parts(dB, B),
-        _sum_parts(dC, C),
-        du.new_empty(0) if D is None else dD.sum(0),
-        du.new_empty(0) if delta_bias is None else dbias.sum(0),
+        dA.sum((0, 2)),
+        _sum_parts(dB, inputs.B),
+        _sum_parts(dC, inputs.C),
+        du.new_empty(0) if inputs.D is None else dD.sum((0, 2)),
+        du.new_empty(0) if inputs.delta_bias is None else dbias.sum((0, 2)),
     )
 
 
+class Tile(NamedTuple):
+    """States and channels of a tile, in and across lanes; powers of two."""
+
+    NR: int  # states in a lane
+    NL: int  # lanes that share a channel
+    DL: int  # lanes that share a state
+    DR: int  # channels in a lane
+
+
 class _Call:
-    """Arguments common to both passes, and how to launch a kernel."""
+    """Arguments common to the kernels, by name, and how to launch them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-        reverse: bool,
-        b_disc: str,
-    ) -> None:
-        batch, length, dim = u.shape
-        state = A.shape[1]
-        _check(u, A, delta, B, C, D, delta_bias)
-        self.complex_a = A.is_complex()
-        self.wide = torch.complex64 if self.complex_a else torch.float32
-        self.groups = num_groups(B, C)
-        self.device = u.device
-        block_n, block_d = tile_shape(state, self.complex_a)
-        channels = dim // self.groups
+    def __init__(self, inputs: ScanInputs) -> None:
+        _check(inputs)
+        directions, batch, length, dim = inputs.u.shape
+        groups, self.state = inputs.groups, inputs.A.shape[2]
+        complex_a = inputs.A.is_complex()
+        self.wide, self.device = inputs.wide, inputs.u.device
+        channels = dim // groups
+        self.forward_tile, self.backward_tile = tiles(
+            self.state, channels, complex_a
+        )
+        block_d = self.forward_tile.DL * self.forward_tile.DR
         blocks = triton.cdiv(channels, block_d)
-        self.grid = (batch * self.groups, blocks)
-        self.parts = (blocks, batch, length, self.groups, state)
-        B, C = (self._strided(m) for m in (B, C))
-        optional = (
-            None if x is None else x.contiguous() for x in (D, delta_bias)
-        )
-        self.inputs = (
-            u.contiguous(),
-            delta.contiguous(),
-            _as_real(A.to(self.wide)),
-            *(torch.view_as_real(m) if self.complex_a else m for m in (B, C)),
-            *optional,
-        )
-        strides = (
-            m.stride()[:3] if m.dim() == 4 else (0, 0, 0) for m in (B, C)
-        )
-        self.scalars = (
-            length,
-            self.groups,
-            channels,
-            state,
-            *(x for stride in strides for x in stride),
-        )
-        self.constants = dict(
-            CONSTANT_B=B.dim() == 2,
-            CONSTANT_C=C.dim() == 2,
-            SOFTPLUS=delta_softplus,
-            REVERSE=reverse,
-            ZOH=b_disc == 'zoh',
-            COMPLEX=self.complex_a,
+        programs = directions * batch * groups * blocks
+        span = span_length(programs, length)
+        spans = triton.cdiv(length, span)
+        self.grid = (programs, spans)
+        self.sums = (spans, directions, batch, dim)
+        self.parts = (blocks, directions, batch, length, groups, self.state)
+        self.arguments: dict[str, Any] = dict(
+            D_ptr=_as_real(inputs.D),
+            bias_ptr=_as_real(inputs.delta_bias),
+            ends_ptr=None,
+            sums_ptr=None,
+            directions=directions,
+            batch=batch,
+            length=length,
+            groups=groups,
+            channels=channels,
+            span=span,
+            reverse=sum(back << k for k, back in enumerate(inputs.reverse)),
+            zero=0,
+            STATE=self.state,
+            WHOLE=channels % block_d == 0,
+            SOFTPLUS=inputs.delta_softplus,
+            ZOH=inputs.b_disc == 'zoh',
+            COMPLEX=complex_a,
             CHUNK=CHUNK,
-            BLOCK_N=block_n,
-            BLOCK_D=block_d,
+            GROUP=GROUP,
         )
+        for name in ('u', 'delta'):
+            rows = _rows(getattr(inputs, name))
+            self.arguments[f'{name}_ptr'] = rows
+            self.arguments[f'{name}_strides'] = rows.stride()[:3]
+        self.arguments['A_ptr'] = _as_real(inputs.A.to(self.wide))
+        for name in 'BC':
+            matrix = self._states(getattr(inputs, name), groups)
+            constant = matrix.dim() == CONSTANT_DIMS + complex_a
+            strides = (0,) * 4 if constant else matrix.stride()[:4]
+            self.arguments[f'{name}_ptr'] = matrix
+            self.arguments[f'{name}_strides'] = strides
+            self.arguments[f'CONSTANT_{name}'] = constant
 
-    def _strided(self, matrix: Tensor) -> Tensor:
+    def _states(self, matrix: Tensor, groups: int) -> Tensor:
         """B or C with states side by side and a group axis of full size."""
-        if self.complex_a:
+        if self.wide.is_complex:
             matrix = matrix.to(self.wide).resolve_conj()
-        if matrix.dim() == 2:
-            return matrix.contiguous()
-        if matrix.stride(3) != 1:
-            matrix = matrix.contiguous()
-        return matrix.expand(-1, -1, self.groups, -1)
+        if matrix.dim() == CONSTANT_DIMS:
+            return _as_real(matrix)
+        matrix = _rows(matrix).expand(-1, -1, -1, groups, -1)
+        return torch.view_as_real(matrix) if self.wide.is_complex else matrix
 
     def empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -194,60 +233,108 @@ class _Call:
     def empty_state(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.wide, device=self.device)
 
-    def matrix_parts(self, matrix: Tensor) -> Tensor:
+    def empty_parts(self, matrix: Tensor) -> Tensor:
         """Gradient of B or C: a part per channel block, or per sequence."""
-        if matrix.dim() == 2:
-            return self.empty_state((self.parts[1], *matrix.shape))
+        if matrix.dim() == CONSTANT_DIMS:
+            return self.empty_state((*self.sums, self.state))
         return self.empty_state(self.parts)
 
+    def split(self, kernel: Any) -> None:
+        """If there are spans, find what each adds to the state after it."""
+        if self.grid[1] == 1:
+            return
+        ends = self.empty_state((*self.sums, self.state))
+        more = dict(ends_ptr=_as_real(ends), sums_ptr=self.empty(self.sums))
+        self.launch(kernel, ENDS_OPTIONS, self.forward_tile, **more)
+        self.arguments |= more
+
     def launch(
-        self, kernel: Any, options: dict[str, Any], *tensors: Tensor | None
+        self, kernel: Any, options: dict[str, Any], tile: Tile, **more: Any
     ) -> None:
-        with torch.cuda.device_of(self.inputs[0]):
-            kernel[self.grid](
-                *tensors, *self.scalars, **self.constants, **options
-            )
+        """Run a kernel with those of the arguments that it has."""
+        given = self.arguments | tile._asdict() | more
+        arguments = {name: given[name] for name in kernel.arg_names}
+        with torch.cuda.device_of(self.arguments['u_ptr']):
+            kernel[self.grid](**arguments, **options)
 
 
-def tile_shape(state: int, complex_a: bool) -> tuple[int, int]:
-    """States and channels of a tile, powers of two.
+def tiles(state: int, channels: int, complex_a: bool) -> tuple[Tile, Tile]:
+    """Tiles of the forward and of the backward kernel: the same numbers.
 
-    Complex tiles have half as many numbers: their formulas keep more of them
-    alive, and the backward pass must fit into the registers of one warp.
+    Forward, a lane owns channels: only sums over states are needed. Backward,
+    sums over states and over channels are, and a lane holds some of both:
+    at 16 states 40 shuffles a token instead of 160. A complex tile has fewer
+    numbers: its formulas keep more of them alive.
     """
     block_n = triton.next_power_of_2(state)
     per_channel = 4 * block_n if complex_a else block_n
-    return block_n, min(32, TILE_NUMEL // per_channel)
+    block_d = min(
+        32, TILE_NUMEL // per_channel, triton.next_power_of_2(channels)
+    )
+
+    def tile(nl: int) -> Tile:
+        dl = min(block_d, 32 // nl)
+        return Tile(block_n // nl, nl, dl, block_d // dl)
+
+    spare = min(block_n, 32 // block_d)
+    return tile(spare), tile(max(spare, min(block_n, 4)))
 
 
-def _check(u: Tensor, A: Tensor, *others: Tensor | None) -> None:
+def span_length(programs: int, length: int) -> int:
+    """Tokens of a span, whole chunks, so that programs are enough."""
+    spans = 1
+    if programs < ENOUGH_PROGRAMS:
+        wanted = triton.cdiv(2 * ENOUGH_PROGRAMS, max(programs, 1))
+        spans = max(1, min(wanted, length // SHORTEST_SPAN))
+    return triton.cdiv(triton.cdiv(length, spans), CHUNK) * CHUNK
+
+
+def _check(inputs: ScanInputs) -> None:
     """Refuse what the kernels would compute wrongly or not at all."""
-    if compute_dtype(u, A, *others) != torch.float32:
+    if inputs.real != torch.float32:
         raise TypeError(
             'the triton backend keeps a float32 state, got a float64 input; '
             "use backend='cpu', which runs on any device"
         )
-    if A.shape[1] > MAX_STATE:
+    if inputs.A.shape[2] > MAX_STATE:
         raise ValueError(
             f'the triton backend takes at most {MAX_STATE} states, got A '
-            f"{tuple(A.shape)}; use backend='cpu', which runs on any device"
+            f"{tuple(inputs.A.shape)}; use backend='cpu', which runs on any "
+            'device'
         )
-    if u.device.type != 'cuda' and not triton.knobs.runtime.interpret:
+    if len(inputs.reverse) > MAX_DIRECTIONS:
+        raise ValueError(
+            f'the triton backend takes at most {MAX_DIRECTIONS} directions, '
+            f'got {len(inputs.reverse)}; call it for some at a time'
+        )
+    device = inputs.u.device
+    if device.type != 'cuda' and not triton.knobs.runtime.interpret:
         raise RuntimeError(
-            f'the triton backend needs a GPU, got tensors on {u.device}; '
+            f'the triton backend needs a GPU, got tensors on {device}; '
             'set TRITON_INTERPRET=1 before the first import to debug on a CPU'
         )
 
 
-def _as_real(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
+    """Numbers of a token side by side, and tokens within reach."""
+    if x.stride(-1) == 1 and x.stride(2) < MAX_STEP:
+        return x
+    return x.contiguous()
+
+
+def _as_real(x: Tensor | None) -> Tensor | None:
     """Contiguous memory, complex numbers as pairs."""
+    if x is None:
+        return None
     x = x.resolve_conj().contiguous()
     return torch.view_as_real(x) if x.is_complex() else x
 
 
 def _sum_parts(parts: Tensor, matrix: Tensor) -> Tensor:
     """Gradient of B or C in its shape."""
-    total = parts.sum(0)
+    if matrix.dim() == CONSTANT_DIMS:
+        return parts.sum((0, 2))
+    total = parts[0] if len(parts) == 1 else parts.sum(0)
     if total.shape == matrix.shape:
         return total
-    return total.sum(2, keepdim=True)
+    return total.sum(3, keepdim=True)

@@ -1,0 +1,499 @@
+"""Rows of the figures, from the results of a study."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mmstabvim import visualization
+from mmstabvim.ablation import results, statistics
+from mmstabvim.ablation.results import Result, Study
+from mmstabvim.ablation.statistics import Combination
+from mmstabvim.visualization.curves import Quantity
+
+Rows = list[dict[str, Any]]
+_FACETS = 3  # beside one another in a figure of curves
+_POINTS = 1500  # eigenvalues drawn in a panel
+_DIRECTIONS = ('fwd', 'bwd')
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure, its data and its words.
+
+    Attributes:
+        name (str): File name without ending.
+        title (str): A few words.
+        caption (str): What is drawn and how it came about.
+        figure (Figure): The figure.
+        rows (list[dict]): Everything that is drawn.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    rows: Rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is compared inside a panel, and what has panels of its own.
+
+    Attributes:
+        series (str): Label whose values are compared: that of the baseline,
+            else the last one.
+        names (list[str]): Its values in their order.
+        panels (list[str]): The labels that vary besides, and
+            ``'precision'`` and ``'lr'`` where they do.
+    """
+
+    series: str
+    names: list[str]
+    panels: list[str]
+
+    def facet(self, combination: Combination, without: str = '') -> str:
+        """Name of the panel of a combination."""
+        values = facet_values(combination)
+        return ', '.join(
+            f'lr {values[name]}' if name == 'lr' else str(values[name])
+            for name in self.panels
+            if name in values and name != without
+        )
+
+    def name(self, combination: Combination) -> str:
+        """Which series a combination is."""
+        return combination.labels.get(self.series, '')
+
+
+def facet_values(combination: Combination) -> dict[str, str]:
+    """Labels, precision and learning rate in one dict.
+
+    Args:
+        combination (Combination): Any.
+
+    Returns:
+        dict[str, str]: Text of each.
+    """
+    lr = 'of config' if combination.lr is None else f'{combination.lr:g}'
+    return {
+        **combination.labels,
+        'precision': combination.precision,
+        'lr': lr,
+    }
+
+
+def make_layout(study: Study, combinations: Sequence[Combination]) -> Layout:
+    """Choose what is compared inside the panels.
+
+    Args:
+        study (Study): With labels and baseline.
+        combinations (Sequence[Combination]): All of the study.
+
+    Returns:
+        Layout: The same for all figures.
+    """
+    series = [*study.orders, *study.baseline][-1]
+    values: dict[str, set[str]] = {}
+    for combination in combinations:
+        for name, value in facet_values(combination).items():
+            values.setdefault(name, set()).add(value)
+    panels = [
+        name
+        for name, found in values.items()
+        if name != series and len(found) > 1
+    ]
+    names = statistics.ordered_values(study, series)
+    return Layout(series, names, panels)
+
+
+def make_pictures(
+    study: Study, combinations: Sequence[Combination]
+) -> Iterator[Picture]:
+    """Draw everything there is data for.
+
+    Args:
+        study (Study): Finished or not.
+        combinations (Sequence[Combination]): Of ``statistics.combine``.
+
+    Yields:
+        Picture: One after the other, in the order of the report.
+    """
+    layout = make_layout(study, combinations)
+    yield from _score_pictures(study, combinations, layout)
+    yield from _ladder_pictures(study, combinations, layout)
+    yield from _curve_pictures(study, combinations, layout)
+    yield from _stability_pictures(combinations, layout)
+
+
+def _score_pictures(
+    study: Study, combinations: Sequence[Combination], layout: Layout
+) -> Iterator[Picture]:
+    rows = []
+    for c in combinations:
+        for cell in c.cells:
+            value = cell.final(study.metric)
+            if value is not None:
+                rows.append(
+                    dict(
+                        facet=layout.facet(c),
+                        series=layout.name(c),
+                        seed=cell.seed,
+                        value=value,
+                        mean=c.metric.mean,
+                        std=_known(c.metric.std),
+                        n=c.metric.n,
+                    )
+                )
+    if rows:
+        figure = visualization.score_figure(
+            rows,
+            layout.names,
+            layout.series,
+            metric_text(study.metric),
+            study.baseline.get(layout.series),
+        )
+        yield Picture(
+            'score',
+            f'Final {study.metric}',
+            'Filled mark and bar: mean and standard deviation over the seeds '
+            'that finished; rings: the seeds. Dotted: mean of the baseline. '
+            'The axes do not start at zero, and each panel has its own.',
+            figure,
+            rows,
+        )
+
+
+def metric_text(name: str) -> str:
+    """Label of a metric on an axis.
+
+    Args:
+        name (str): As the evaluators of MMPretrain and MMSegmentation log it.
+
+    Returns:
+        str: With its unit where that is known.
+    """
+    known = {
+        'accuracy/top1': 'top-1 accuracy (%)',
+        'accuracy/top5': 'top-5 accuracy (%)',
+        'mIoU': 'mIoU (%)',
+        'mAcc': 'mean class accuracy (%)',
+        'aAcc': 'pixel accuracy (%)',
+    }
+    return known.get(name, name)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _ladder_pictures(
+    study: Study, combinations: Sequence[Combination], layout: Layout
+) -> Iterator[Picture]:
+    rows = []
+    for c in combinations:
+        used = c.cells[0].lr_used
+        if used is not None:
+            rows.append(
+                dict(
+                    facet=layout.facet(c, without='lr'),
+                    series=layout.name(c),
+                    lr=used,
+                    diverged=c.rate.count,
+                    n=c.rate.n,
+                    planned=len(c.cells),
+                    rate=c.rate.count / c.rate.n if c.rate.n else None,
+                    mean=_known(c.metric.mean),
+                )
+            )
+    if len({row['lr'] for row in rows}) > 1:
+        yield Picture(
+            'lr_ladder',
+            'Divergence by learning rate',
+            'Share of the trainings that diverged, of those that ended. '
+            'Grey: none ended.',
+            visualization.ladder_figure(
+                rows, layout.names, layout.series, metric_text(study.metric)
+            ),
+            rows,
+        )
+
+
+Read = Callable[[Result], tuple[Sequence[float], Sequence[float]]]
+
+
+def _curve_pictures(
+    study: Study, combinations: Sequence[Combination], layout: Layout
+) -> Iterator[Picture]:
+    def validation(cell: Result) -> tuple[list[float], list[float]]:
+        lines = zip(cell.curves.val, cell.curves.metrics(), strict=True)
+        pairs = [
+            (float(line['step']), metrics[study.metric])
+            for line, metrics in lines
+            if study.metric in metrics
+        ]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    by_epoch = any(
+        cell.record.get('epochs') for c in combinations for cell in c.cells
+    )
+    unit = 'epoch' if by_epoch else 'training iteration'
+    quantities: list[tuple[Quantity, Read]] = [
+        (
+            Quantity('loss by training iteration', 'training loss'),
+            lambda cell: cell.curves.series('loss'),
+        ),
+        (
+            Quantity('gradient norm by training iteration', 'gradient norm'),
+            lambda cell: cell.curves.series('grad_norm'),
+        ),
+        (
+            Quantity(f'{study.metric} by {unit}', metric_text(study.metric)),
+            validation,
+        ),
+    ]
+    yield from _draw_curves(
+        'curves',
+        'Loss, gradient norm and score over training',
+        'The gradient norm is that before clipping.',
+        quantities,
+        combinations,
+        layout,
+    )
+
+
+def _stability_pictures(
+    combinations: Sequence[Combination], layout: Layout
+) -> Iterator[Picture]:
+    def largest(key: str) -> Read:
+        def read(cell: Result) -> tuple[list[float], list[float]]:
+            pairs = [
+                (float(record['step']), max(values))
+                for record in cell.stability
+                if (values := _finite(record.get(key)))
+            ]
+            return [step for step, _ in pairs], [value for _, value in pairs]
+
+        return read
+
+    quantities = [
+        (
+            Quantity(
+                'abscissa by training iteration', 'max Re λ (1/step)', 0.0
+            ),
+            largest('spectral_abscissa'),
+        ),
+        (
+            Quantity('decay by training iteration', 'max |exp(ΔA)|', 1.0),
+            largest('decay_max'),
+        ),
+    ]
+    yield from _draw_curves(
+        'stability',
+        'Stability over training',
+        'Largest value over all layers and directions: real part of the '
+        'eigenvalues of A, and factor by which one token changes the state; '
+        'above 1 a state grows.',
+        quantities,
+        combinations,
+        layout,
+    )
+    for c_group, suffix, facet in _facets(combinations, layout):
+        yield from _spectrum(c_group, layout, suffix, facet)
+
+
+def _finite(values: Any) -> list[float]:
+    return [v for v in values or [] if v is not None and math.isfinite(v)]
+
+
+def _draw_curves(
+    name: str,
+    title: str,
+    caption: str,
+    quantities: Sequence[tuple[Quantity, Read]],
+    combinations: Sequence[Combination],
+    layout: Layout,
+) -> Iterator[Picture]:
+    """Figures with up to three facets each."""
+    rows = [
+        row
+        for quantity, read in quantities
+        for c in combinations
+        for row in _band(c, read, quantity.name, layout)
+    ]
+    found = {row['quantity'] for row in rows}
+    drawn = [q for q, _ in quantities if q.name in found]
+    facets = [
+        facet
+        for facet in dict.fromkeys(layout.facet(c) for c in combinations)
+        if any(row['facet'] == facet for row in rows)
+    ]
+    for start in range(0, len(facets), _FACETS):
+        chosen = facets[start : start + _FACETS]
+        part = [row for row in rows if row['facet'] in chosen]
+        part.sort(key=lambda row: chosen.index(row['facet']))
+        suffix = f'_{start // _FACETS + 1}' if len(facets) > _FACETS else ''
+        yield Picture(
+            name + suffix,
+            title + (f' ({"; ".join(chosen)})' if suffix else ''),
+            'Line: mean over the seeds; band: from the smallest to the '
+            'largest; cross: a training diverged, its values are left out '
+            f'from there on. {caption}',
+            visualization.curve_figure(
+                part, layout.names, layout.series, drawn
+            ),
+            part,
+        )
+
+
+def _band(
+    combination: Combination, read: Read, quantity: str, layout: Layout
+) -> Iterator[dict[str, Any]]:
+    """Mean and band of a quantity over the seeds, step by step."""
+    values: dict[float, list[float]] = {}
+    ends: dict[float, int] = {}
+    for cell in combination.cells:
+        pairs = _until_divergence(*read(cell))
+        for step, value in pairs:
+            values.setdefault(step, []).append(value)
+        if pairs and cell.status == results.DIVERGED:
+            ends[pairs[-1][0]] = ends.get(pairs[-1][0], 0) + 1
+    for step in sorted(values):
+        found = statistics.sample(values[step])
+        yield dict(
+            quantity=quantity,
+            facet=layout.facet(combination),
+            series=layout.name(combination),
+            step=step,
+            n=found.n,
+            mean=found.mean,
+            low=min(values[step]),
+            high=max(values[step]),
+            ended=ends.get(step, 0),
+        )
+
+
+def _until_divergence(
+    steps: Sequence[float], values: Sequence[float]
+) -> list[tuple[float, float]]:
+    """Pairs before the first value that is not finite."""
+    pairs = []
+    for step, value in zip(steps, values, strict=True):
+        if not math.isfinite(value):
+            break
+        pairs.append((step, value))
+    return pairs
+
+
+def _facets(
+    combinations: Sequence[Combination], layout: Layout
+) -> Iterator[tuple[list[Combination], str, str]]:
+    """Groups that share a panel; of the learning rates the end ones."""
+    groups: dict[str, list[Combination]] = {}
+    by_rest: dict[str, list[str]] = {}
+    for c in combinations:
+        if any(cell.stability for cell in c.cells):
+            groups.setdefault(layout.facet(c), []).append(c)
+            rest = by_rest.setdefault(layout.facet(c, without='lr'), [])
+            if layout.facet(c) not in rest:
+                rest.append(layout.facet(c))
+    for facets in by_rest.values():
+        for facet in dict.fromkeys((facets[0], facets[-1])):
+            suffix = re.sub(r'[^\w+-]+', '_', facet)
+            yield groups[facet], f'_{suffix}' if suffix else '', facet
+
+
+def _spectrum(
+    group: Sequence[Combination], layout: Layout, suffix: str, facet: str
+) -> Iterator[Picture]:
+    """Eigenvalues and heat map of the combinations of one facet."""
+    rows: Rows = []
+    decays: Rows = []
+    for c in group:
+        cell = next(cell for cell in c.cells if cell.stability)
+        rows += _eigenvalue_rows(cell, layout.name(c))
+        decays += _decay_rows(cell, layout.name(c))
+    present = {layout.name(c) for c in group}
+    series = [name for name in layout.names if name in present]
+    where = f' ({facet})' if facet else ''
+    seed = 'The first seed of each combination with records.'
+    if rows:
+        yield Picture(
+            f'eigenvalues{suffix}',
+            f'Eigenvalues of A over training{where}',
+            f'{seed} All layers and directions, an even sample of at most '
+            f'{_POINTS} eigenvalues a panel; the axes hold the middle 99 % '
+            'of them. Dashed: border of stability, Re λ = 0; tinted: '
+            'unstable.',
+            visualization.eigenvalue_figure(rows, series),
+            rows,
+        )
+    if decays:
+        yield Picture(
+            f'decay{suffix}',
+            f'Largest |exp(ΔA)| by layer and iteration{where}',
+            f'{seed} Over the channels, states and tokens of a batch; fwd and '
+            'bwd are the directions of a layer. Blue: states forget; red: '
+            'they grow; grey: no record.',
+            visualization.decay_figure(decays, series),
+            decays,
+        )
+
+
+def _eigenvalue_rows(cell: Result, series: str) -> Rows:
+    """An even sample of the eigenvalues of all records that have some."""
+    rows = [
+        dict(
+            series=series,
+            seed=cell.seed,
+            step=record['step'],
+            layer=short_layer(layer),
+            real=float(f'{real:.6g}'),
+            imag=float(f'{imag:.6g}'),
+        )
+        for record in cell.stability
+        for layer, values in (record.get('eigenvalues') or {}).items()
+        for real, imag in values
+        if math.isfinite(real) and math.isfinite(imag)
+    ]
+    if len(rows) <= _POINTS:
+        return rows
+    places = np.linspace(0, len(rows) - 1, _POINTS).round().astype(int)
+    return [rows[i] for i in places]
+
+
+def _decay_rows(cell: Result, series: str) -> Rows:
+    return [
+        dict(
+            series=series,
+            seed=cell.seed,
+            step=record['step'],
+            layer=short_layer(layer),
+            value=math.nan if value is None else value,
+        )
+        for record in cell.stability
+        for layer, value in zip(
+            record.get('layers', []),
+            record.get('decay_max') or [],
+            strict=False,
+        )
+    ]
+
+
+def short_layer(name: str) -> str:
+    """Number and direction of a layer.
+
+    Args:
+        name (str): As ``backbone.layers.3.mixer.directions.1``.
+
+    Returns:
+        str: As ``3 bwd``; the name itself if it has no two numbers.
+    """
+    numbers = re.findall(r'\.(\d+)(?=\.|$)', f'.{name}')
+    if len(numbers) < 2 or int(numbers[-1]) > 1:
+        return name
+    return f'{numbers[-2]} {_DIRECTIONS[int(numbers[-1])]}'

@@ -1,0 +1,453 @@
+"""Read what trainings left in their folders.
+
+Everything here tolerates a training that was killed at any moment: half a
+line at the end of a file, a folder without results, several attempts.
+"""
+
+import dataclasses
+import fcntl
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# and the dtype that autocast computes in
+PRECISIONS = {'fp32': None, 'bf16': 'bfloat16', 'fp16': 'float16'}
+
+RECORD = 'cell.json'
+LOG = 'log.txt'
+LOCK = '.lock'
+MATRIX = 'matrix.json'
+CELLS = 'cells'
+REPORTS = 'divergence_report*.md'
+STABILITY = 'stability.jsonl'
+
+# The statuses of a cell. Those of FINISHED are results.
+DONE, DIVERGED, FAILED = 'done', 'diverged', 'failed'
+KILLED, SKIPPED, RUNNING, MISSING = 'killed', 'skipped', 'running', 'missing'
+FINISHED = (DONE, DIVERGED)
+
+_NO_METRIC = {'step', 'time', 'data_time', 'epoch', 'iter'}
+_ERROR = re.compile(r'[\w.]*(Error|Exception|Interrupt)\b')
+_ITERATION = re.compile(r'\biteration\b\D{0,40}?(\d+)', re.IGNORECASE)
+
+
+@dataclasses.dataclass
+class Curves:
+    """What a training logged.
+
+    Attributes:
+        train (list[dict]): Lines of training, by rising iteration.
+        val (list[dict]): Lines of validation, by rising step.
+    """
+
+    train: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    val: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def series(self, name: str) -> tuple[list[float], list[float]]:
+        """Iterations and values of one scalar of training."""
+        lines = [line for line in self.train if _is_number(line.get(name))]
+        return [float(s['step']) for s in lines], [s[name] for s in lines]
+
+    def first_nonfinite_step(self) -> int | None:
+        """First logged iteration whose loss is not finite.
+
+        Late by at most the interval of logging.
+        """
+        for line in self.train:
+            loss: Any = line.get('loss')
+            if _is_number(loss) and not math.isfinite(float(loss)):
+                return int(line['step'])
+        return None
+
+    def ends_finite(self) -> bool:
+        """Whether the last logged loss is finite."""
+        losses = self.series('loss')[1]
+        return not losses or math.isfinite(losses[-1])
+
+    def median(self, name: str) -> float | None:
+        """Median of the finite values of a scalar, None without one."""
+        values = sorted(v for v in self.series(name)[1] if math.isfinite(v))
+        if not values:
+            return None
+        middle = len(values) // 2
+        if len(values) % 2:
+            return values[middle]
+        return (values[middle - 1] + values[middle]) / 2
+
+    def metrics(self) -> list[dict[str, float]]:
+        """Finite metrics of each validation."""
+        return [
+            {
+                name: float(value)
+                for name, value in line.items()
+                if name not in _NO_METRIC
+                and _is_number(value)
+                and math.isfinite(value)
+            }
+            for line in self.val
+        ]
+
+    def best_metrics(self) -> dict[str, float]:
+        """Largest value of each metric over the validations."""
+        best: dict[str, float] = {}
+        for line in self.metrics():
+            for name, value in line.items():
+                best[name] = max(value, best.get(name, value))
+        return best
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file with one JSON object per line.
+
+    Args:
+        path (Path): May be absent.
+
+    Returns:
+        list[dict]: Without lines that are no complete object.
+    """
+    try:
+        text = path.read_text(encoding='utf-8', errors='replace')
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
+
+
+def read_curves(folder: Path) -> Curves:
+    """Join the scalars of all attempts of a training.
+
+    A resumed attempt starts at its checkpoint: what an earlier one logged
+    after that is dropped.
+
+    Args:
+        folder (Path): Work dir of the training.
+
+    Returns:
+        Curves: Empty where nothing was logged.
+    """
+    curves = Curves()
+    for path in sorted(folder.glob('*/vis_data/scalars.json')):
+        lines = [line for line in read_lines(path) if 'step' in line]
+        train = [line for line in lines if 'iter' in line]
+        # hooks may write lines of their own, which have no times
+        val = [s for s in lines if 'iter' not in s and 'data_time' in s]
+        curves.train = _continue(curves.train, train)
+        curves.val = _continue(curves.val, val)
+    return curves
+
+
+def _continue(old: list[dict], new: list[dict]) -> list[dict]:
+    """``new`` after those of ``old`` that come before its first step."""
+    if not new:
+        return old
+    start = new[0]['step']
+    return [line for line in old if line['step'] < start] + new
+
+
+def read_stability(folder: Path) -> list[dict[str, Any]]:
+    """Records of the stability monitor, by rising step.
+
+    Args:
+        folder (Path): Work dir of the training.
+
+    Returns:
+        list[dict]: One per watched step, later attempts replacing earlier
+        ones; empty where no monitor was at work.
+    """
+    paths = [*sorted(folder.glob(f'*/{STABILITY}')), folder / STABILITY]
+    by_step: dict[int, dict] = {}
+    for path in paths:
+        for record in read_lines(path):
+            if 'step' in record:
+                by_step[record['step']] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def divergence_reports(folder: Path, since: float = 0.0) -> list[Path]:
+    """Reports of a ``DivergenceHook``, the newest last.
+
+    Args:
+        folder (Path): Work dir of the training.
+        since (float): Leave out older ones, seconds since the epoch.
+            Defaults to 0.0.
+
+    Returns:
+        list[Path]: Empty if there is none.
+    """
+    found = [(path.stat().st_mtime, path) for path in folder.rglob(REPORTS)]
+    return [path for changed, path in sorted(found) if changed >= since]
+
+
+def reported_step(report: Path) -> int | None:
+    """Iteration that a divergence report names first.
+
+    Args:
+        report (Path): Of a ``DivergenceHook``.
+
+    Returns:
+        int | None: None if it names none.
+    """
+    found = _ITERATION.search(report.read_text(encoding='utf-8'))
+    return int(found.group(1)) if found else None
+
+
+def last_line(path: Path) -> str:
+    """Last line of a log that names an error, else its last line.
+
+    Args:
+        path (Path): May be absent.
+
+    Returns:
+        str: Empty if there is none; at most 300 characters.
+    """
+    try:
+        lines = path.read_bytes()[-65536:].decode(errors='replace')
+    except FileNotFoundError:
+        return ''
+    said = [line.strip() for line in lines.splitlines() if line.strip()]
+    errors = [line for line in said[-40:] if _ERROR.match(line)]
+    return (errors or said or [''])[-1][:300]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file at once, so that no reader finds half of it.
+
+    Args:
+        path (Path): The file.
+        content (Mapping[str, Any]): Numbers that are not finite become null.
+    """
+    text = json.dumps(_strict(content), indent=2, allow_nan=False)
+    partial = path.with_name(f'{path.name}.{os.getpid()}')
+    partial.write_text(text + '\n', encoding='utf-8')
+    partial.replace(path)
+
+
+def _strict(value: Any) -> Any:
+    """Without what JSON has no word for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _strict(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file, empty if there is none that can be read.
+
+    Args:
+        path (Path): May be absent.
+
+    Returns:
+        dict[str, Any]: The object in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def try_lock(folder: Path) -> int | None:
+    """Take a cell for this process; the system frees it when that ends.
+
+    Args:
+        folder (Path): Work dir of the cell, must exist.
+
+    Returns:
+        int | None: File descriptor to close in the end, None if another
+        process has the cell.
+    """
+    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One cell as the report sees it.
+
+    Attributes:
+        name (str): Name of the cell.
+        labels (dict[str, str]): What distinguishes its config.
+        seed (int): Random seed.
+        precision (str): ``'fp32'``, ``'bf16'`` or ``'fp16'``.
+        lr (float | None): Learning rate of the matrix, None for the
+            config's own.
+        lr_used (float | None): Learning rate that it trained with.
+        folder (Path): Its work dir.
+        record (dict[str, Any]): Content of ``cell.json``, may be empty.
+        status (str): One of the statuses of this module.
+    """
+
+    name: str
+    labels: dict[str, str]
+    seed: int
+    precision: str
+    lr: float | None
+    lr_used: float | None
+    folder: Path
+    record: dict[str, Any]
+    status: str
+
+    @functools.cached_property
+    def curves(self) -> Curves:
+        """What it logged, read when first asked for."""
+        return read_curves(self.folder)
+
+    @functools.cached_property
+    def stability(self) -> list[dict[str, Any]]:
+        """What the stability monitor recorded."""
+        return read_stability(self.folder)
+
+    @property
+    def reason(self) -> str:
+        """Why it is not done: the log's last line where it failed."""
+        return self.record.get('reason') or ''
+
+    def final(self, metric: str) -> float | None:
+        """A metric of the last validation of a training that is done."""
+        if self.status != DONE:
+            return None
+        return (self.record.get('final') or {}).get(metric)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """All results of a matrix.
+
+    Attributes:
+        title (str): Heading.
+        metric (str): Name of the validation metric, higher is better.
+        baseline (dict[str, str]): Label and value of the baseline.
+        orders (dict[str, list[str]]): Values of each label in their order.
+        cells (list[Result]): Every cell, also those without results.
+        command (str): What started the latest run, may be empty.
+    """
+
+    title: str
+    metric: str
+    baseline: dict[str, str]
+    orders: dict[str, list[str]]
+    cells: list[Result]
+    command: str = ''
+
+
+def read_study(work_dir: Path) -> Study:
+    """Read a study, finished or not.
+
+    Args:
+        work_dir (Path): Of ``ablation.py run``.
+
+    Returns:
+        Study: The cells of the latest run, then others found in the folder.
+
+    Raises:
+        FileNotFoundError: If no run has been started there.
+    """
+    matrix = read_json(work_dir / MATRIX)
+    if not matrix:
+        raise FileNotFoundError(
+            f'{work_dir / MATRIX} does not exist or is no JSON: WORK_DIR is '
+            'the folder that "ablation.py run" writes to'
+        )
+    planned = {cell['cell']: cell for cell in matrix['cells']}
+    orders = matrix['orders']
+    for path in sorted((work_dir / CELLS).glob(f'*/{RECORD}')):
+        record = read_json(path)
+        if path.parent.name not in planned and 'labels' in record:
+            planned[path.parent.name] = record
+            for name, value in record['labels'].items():
+                values = orders.setdefault(name, [])
+                if value not in values:
+                    values.append(value)
+    cells = [
+        read_result(work_dir / CELLS / name, cell)
+        for name, cell in planned.items()
+    ]
+    return Study(
+        matrix['title'],
+        matrix['metric'],
+        matrix['baseline'],
+        orders,
+        cells,
+        matrix.get('command', ''),
+    )
+
+
+def read_result(folder: Path, planned: Mapping[str, Any]) -> Result:
+    """Read one cell.
+
+    Args:
+        folder (Path): Its work dir, may be absent.
+        planned (Mapping[str, Any]): Its entry in the matrix.
+
+    Returns:
+        Result: With status ``'missing'`` if it was never started.
+    """
+    record = read_json(folder / RECORD)
+    status = record.get('status', MISSING)
+    if status == RUNNING and not _is_locked(folder):
+        status = KILLED
+    hash_now = planned.get('config_hash')
+    if status != MISSING and record.get('config_hash') != hash_now:
+        record, status = {}, MISSING  # of another config
+    return Result(
+        name=folder.name,
+        labels=dict(planned['labels']),
+        seed=planned['seed'],
+        precision=planned['precision'],
+        lr=planned['lr'],
+        lr_used=planned.get('lr_used'),
+        folder=folder,
+        record=record,
+        status=status,
+    )
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process works on the cell now."""
+    handle = try_lock(folder)
+    if handle is not None:
+        os.close(handle)
+    return handle is None
+
+
+def combinations(cells: Iterable[Result]) -> dict[tuple, list[Result]]:
+    """Group cells that differ in their seed only.
+
+    Args:
+        cells (Iterable[Result]): In any order.
+
+    Returns:
+        dict[tuple, list[Result]]: By labels, precision and learning rate,
+        each sorted by seed.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for cell in cells:
+        key = (tuple(cell.labels.items()), cell.precision, cell.lr)
+        groups.setdefault(key, []).append(cell)
+    for group in groups.values():
+        group.sort(key=lambda cell: cell.seed)
+    return groups

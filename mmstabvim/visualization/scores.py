@@ -1,0 +1,192 @@
+"""Final scores and the learning-rate ladder."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mmstabvim.visualization import style
+
+Rows = Sequence[dict[str, Any]]
+_COLUMNS = 3
+
+
+def score_figure(
+    rows: Rows,
+    series: Sequence[str],
+    label: str,
+    unit: str,
+    baseline: str | None = None,
+) -> Figure:
+    """Score of each series: mean, standard deviation and single seeds.
+
+    Args:
+        rows (Rows): ``facet, series, seed, value, mean, std, n``, one per
+            finished training.
+        series (Sequence[str]): Order on the axis.
+        label (str): What the series are.
+        unit (str): Label of the score.
+        baseline (str | None): The series whose mean is drawn through the
+            panel. Defaults to None.
+
+    Returns:
+        Figure: A panel per facet, up to three in a line.
+    """
+    with style.look():
+        facets = style.unique(rows, 'facet')
+        columns = min(len(facets), _COLUMNS)
+        lines = math.ceil(len(facets) / columns)
+        figure, grid = style.panels(lines, columns, 2.3)
+        for axes, facet in _fill(grid, facets):
+            chosen = [row for row in rows if row['facet'] == facet]
+            _draw_scores(axes, chosen, series)
+            _draw_baseline(axes, chosen, baseline)
+            axes.set_title(facet)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(unit)
+        figure.supxlabel(label, fontsize=8)
+    return figure
+
+
+def _fill(grid: Any, facets: Sequence[Any]) -> list[tuple[Axes, Any]]:
+    """Pair panels with facets and hide the panels left over."""
+    panels = list(grid.flat)
+    for axes in panels[len(facets) :]:
+        axes.set_visible(False)
+    return list(zip(panels, facets, strict=False))
+
+
+def _draw_scores(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
+    """One panel."""
+    for place, name in enumerate(series):
+        chosen = [row for row in rows if row['series'] == name]
+        if not chosen:
+            axes.annotate(
+                'no result',
+                (place, 0.02),
+                xycoords=('data', 'axes fraction'),
+                rotation=90,
+                ha='center',
+                va='bottom',
+                color=style.GREY,
+                fontsize=6.5,
+            )
+            continue
+        first = chosen[0]
+        color = style.COLORS[place % len(style.COLORS)]
+        # each at its own place, so that equal ones are seen
+        half = 0.16 if len(chosen) > 1 else 0.0
+        axes.scatter(
+            place + np.linspace(-half, half, len(chosen)),
+            [row['value'] for row in chosen],
+            s=9,
+            facecolors='none',
+            edgecolors=color,
+            linewidths=0.7,
+        )
+        error = first['std']
+        axes.errorbar(
+            place,
+            first['mean'],
+            yerr=None if error is None or math.isnan(error) else error,
+            color=color,
+            marker=style.MARKERS[place % len(style.MARKERS)],
+            markersize=4.5,
+            capsize=3,
+            elinewidth=1.1,
+        )
+    axes.set_xticks(range(len(series)), series, rotation=45, ha='right')
+    axes.set_xlim(-0.6, len(series) - 0.4)
+    axes.grid(axis='y')
+
+
+def _draw_baseline(axes: Axes, rows: Rows, baseline: str | None) -> None:
+    means = [row['mean'] for row in rows if row['series'] == baseline]
+    if means:
+        axes.axhline(means[0], color=style.GREY, lw=0.7, ls=':', zorder=1)
+
+
+def ladder_figure(
+    rows: Rows, series: Sequence[str], label: str, unit: str
+) -> Figure:
+    """Share of diverged trainings by learning rate.
+
+    Args:
+        rows (Rows): ``facet, series, lr, diverged, n, planned, rate, mean``;
+            ``n`` trainings ended, ``mean`` is the score of those that did not
+            diverge.
+        series (Sequence[str]): From top to bottom.
+        label (str): What the series are.
+        unit (str): What the score is.
+
+    Returns:
+        Figure: A panel per facet, with the numbers written in.
+    """
+    with style.look():
+        facets = style.unique(rows, 'facet')
+        rates = sorted({row['lr'] for row in rows})
+        columns = max(1, min(len(facets), 12 // len(rates)))
+        lines = math.ceil(len(facets) / columns)
+        figure, grid = style.panels(
+            lines, columns, 0.27 * len(series) + 0.5, sharey=True
+        )
+        for axes, facet in _fill(grid, facets):
+            chosen = [row for row in rows if row['facet'] == facet]
+            image = _draw_ladder(axes, chosen, series, rates)
+            axes.set_title(facet)
+        for axes in grid[:, 0]:
+            axes.set_ylabel(label)
+        figure.supxlabel(
+            'learning rate; in the boxes: diverged / ended trainings, '
+            f'mean {unit} of the others',
+            fontsize=7.5,
+        )
+        figure.colorbar(
+            image, ax=grid, label='share diverged', aspect=30, pad=0.02
+        )
+    return figure
+
+
+def _draw_ladder(
+    axes: Axes, rows: Rows, series: Sequence[str], rates: Sequence[float]
+) -> Any:
+    """One panel; what has not ended is grey."""
+    values = np.full((len(series), len(rates)), np.nan)
+    for row in rows:
+        place = series.index(row['series']), rates.index(row['lr'])
+        if row['n']:
+            values[place] = row['rate']
+        _write_box(axes, place, row)
+    colors = matplotlib.colormaps['Oranges'].with_extremes(bad='#E8E8E8')
+    image = axes.imshow(values, cmap=colors, vmin=0, vmax=1, aspect='auto')
+    axes.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
+    axes.set_yticks(range(len(series)), series)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _write_box(
+    axes: Axes, place: tuple[int, int], row: dict[str, Any]
+) -> None:
+    """Counts and score in one box."""
+    text = f'{row["diverged"]}/{row["n"]}' if row['n'] else 'none'
+    if row['n'] < row['planned']:
+        text += f' of {row["planned"]}'
+    if row['mean'] is not None:
+        text += f'\n{row["mean"]:.{2 if abs(row["mean"]) >= 1 else 4}f}'
+    dark = bool(row['n']) and row['rate'] > 0.5
+    axes.text(
+        place[1],
+        place[0],
+        text,
+        ha='center',
+        va='center',
+        fontsize=6,
+        linespacing=1.05,
+        color='white' if dark else 'black',
+    )

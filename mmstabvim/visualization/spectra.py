@@ -1,0 +1,205 @@
+"""Eigenvalues and decay of the state matrices over training."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from mmstabvim.visualization import style
+
+Rows = Sequence[dict[str, Any]]
+_COLUMNS = 4
+
+
+def _grid(series: Sequence[str], height: float) -> tuple[Figure, Any]:
+    """A panel per series, four in a line, on common axes."""
+    columns = min(len(series), _COLUMNS)
+    lines = math.ceil(len(series) / columns)
+    figure, grid = style.panels(
+        lines, columns, height, sharex=True, sharey=True
+    )
+    for axes in list(grid.flat)[len(series) :]:
+        axes.set_visible(False)
+    return figure, grid
+
+
+def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
+    """Eigenvalues of the state matrices as training goes on.
+
+    Complex eigenvalues are shown in the complex plane with the step as
+    colour, real ones over the step. The dashed line is the border of
+    stability, Re = 0, the tinted side unstable. The axes hold the middle
+    99 % of all eigenvalues.
+
+    Args:
+        rows (Rows): ``series, step, layer, real, imag``.
+        series (Sequence[str]): Titles of the panels.
+
+    Returns:
+        Figure: A panel per series.
+    """
+    with style.look():
+        figure, grid = _grid(series, 1.75)
+        real = np.array([row['real'] for row in rows])
+        imag = np.array([row['imag'] for row in rows])
+        steps = np.array([row['step'] for row in rows], float)
+        names = np.array([row['series'] for row in rows])
+        plane = bool(np.abs(imag).max() > 1e-6 * np.abs(real).max())
+        norm = Normalize(steps.min(), max(steps.max(), steps.min() + 1))
+        for axes, name in zip(grid.flat, series, strict=False):
+            chosen = names == name
+            x, y = (real, imag) if plane else (steps, real)
+            _draw_points(axes, x[chosen], y[chosen], steps[chosen], norm)
+            _draw_border(axes, plane, float(max(real.max(), 0.0)))
+            axes.set_title(name)
+            if not chosen.any():
+                style.say_empty(axes)
+        _label_eigenvalues(figure, grid, plane)
+        if plane:
+            _limit(grid[0, 0].set_xlim, real)
+            _limit(grid[0, 0].set_ylim, imag)
+            _add_step_bar(figure, grid, norm)
+        else:
+            _limit(grid[0, 0].set_ylim, real)
+            style.tidy_steps(grid[0, 0])
+    return figure
+
+
+def _draw_points(
+    axes: Axes, x: Any, y: Any, steps: Any, norm: Normalize
+) -> None:
+    """Eigenvalues of one series, the latest on top."""
+    axes.scatter(
+        x,
+        y,
+        c=steps,
+        norm=norm,
+        cmap='viridis',
+        s=4.0,
+        linewidths=0,
+        alpha=0.75,
+        rasterized=True,
+    )
+
+
+def _draw_border(axes: Axes, plane: bool, far: float) -> None:
+    """The border of stability, and the side where a state grows."""
+    line = axes.axvline if plane else axes.axhline
+    span = axes.axvspan if plane else axes.axhspan
+    line(0, color=style.GREY, lw=0.8, ls='--')
+    span(0, 2 * far + 1, color='#D7191C', alpha=0.07, lw=0, zorder=0)
+
+
+def _limit(set_limits: Any, values: Any) -> None:
+    """Leave out the far ends; keep the border at zero in sight."""
+    low, high = np.quantile(values, [0.005, 0.995])
+    low, high = min(low, 0.0), max(high, 0.0)
+    margin = 0.06 * max(high - low, 1e-6)
+    set_limits(low - margin, high + margin)
+
+
+def _label_eigenvalues(figure: Figure, grid: Any, plane: bool) -> None:
+    horizontal = 'Re λ (1/step)' if plane else 'training iteration'
+    figure.supxlabel(horizontal, fontsize=8)
+    vertical = 'Im λ (1/step)' if plane else 'λ (1/step)'
+    figure.supylabel(vertical, fontsize=8)
+
+
+def _add_step_bar(figure: Figure, grid: Any, norm: Normalize) -> None:
+    scale = matplotlib.cm.ScalarMappable(norm, 'viridis')
+    bar = figure.colorbar(scale, ax=grid, shrink=0.8, pad=0.02)
+    bar.set_label('training iteration')
+
+
+def decay_figure(rows: Rows, series: Sequence[str]) -> Figure:
+    """Largest ``|exp(delta A)|`` of each layer and direction over training.
+
+    White is 1, the border: blue states forget, red ones grow. The ends of
+    the scale are the 1 % and 99 % quantiles, at least 0.99 and 1.01.
+
+    Args:
+        rows (Rows): ``series, layer, step, value``.
+        series (Sequence[str]): Titles of the panels.
+
+    Returns:
+        Figure: A heat map per series, on one scale.
+    """
+    with style.look():
+        layers = style.unique(rows, 'layer')
+        height = min(max(0.13 * len(layers) + 0.6, 1.3), 3.2)
+        figure, grid = _grid(series, height)
+        norm = _decay_scale(np.array([row['value'] for row in rows], float))
+        for axes, name in zip(grid.flat, series, strict=False):
+            chosen = [row for row in rows if row['series'] == name]
+            axes.set_title(name)
+            axes.spines[:].set_visible(False)
+            if chosen:
+                _draw_decay(axes, chosen, layers, norm)
+            else:
+                style.say_empty(axes)
+        _label_layers(grid, layers)
+        figure.supxlabel('training iteration', fontsize=8)
+        figure.supylabel('layer and direction', fontsize=8)
+        scale = matplotlib.cm.ScalarMappable(norm, _decay_colors())
+        bar = figure.colorbar(
+            scale, ax=grid, extend='both', shrink=0.9, pad=0.02
+        )
+        bar.set_label('max |exp(ΔA)|')
+    return figure
+
+
+def _decay_scale(values: Any) -> Normalize:
+    finite = values[np.isfinite(values)]
+    low, high = 1.0, 1.0
+    if finite.size:
+        low, high = map(float, np.quantile(finite, [0.01, 0.99]))
+    return TwoSlopeNorm(1.0, min(low, 0.99), max(high, 1.01))
+
+
+def _decay_colors() -> Any:
+    return matplotlib.colormaps['RdBu_r'].with_extremes(bad='#D0D0D0')
+
+
+def _draw_decay(
+    axes: Axes, rows: Rows, layers: Sequence[str], norm: Normalize
+) -> None:
+    """Heat map of one series."""
+    steps = sorted({row['step'] for row in rows})
+    values = np.full((len(layers), len(steps)), np.nan)
+    column = {step: i for i, step in enumerate(steps)}
+    line = {layer: i for i, layer in enumerate(layers)}
+    for row in rows:
+        values[line[row['layer']], column[row['step']]] = row['value']
+    values[np.isposinf(values)] = 1e30  # beyond the scale, not absent
+    axes.pcolormesh(
+        _edges(steps),
+        np.arange(len(layers) + 1) - 0.5,
+        values,
+        cmap=_decay_colors(),
+        norm=norm,
+        rasterized=True,
+    )
+    style.tidy_steps(axes)
+
+
+def _edges(steps: Sequence[float]) -> Any:
+    """Borders between steps, halfway."""
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    middle = (np.array(steps[1:]) + np.array(steps[:-1])) / 2
+    first, last = 2 * steps[0] - middle[0], 2 * steps[-1] - middle[-1]
+    return np.concatenate([[first], middle, [last]])
+
+
+def _label_layers(grid: Any, layers: Sequence[str]) -> None:
+    """Names on the left, at most a dozen of them; the first layer on top."""
+    stride = max(1, math.ceil(len(layers) / 12))
+    places = range(0, len(layers), stride)
+    for axes in grid[:, 0]:
+        axes.set_yticks(places, [layers[i] for i in places])
+    grid[0, 0].set_ylim(len(layers) - 0.5, -0.5)

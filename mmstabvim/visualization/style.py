@@ -1,0 +1,186 @@
+"""One look for all figures: sizes, colours, file formats."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+WIDTH = 7.2  # inches, a page of text
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes, wine
+# instead of their yellow, which is lost on white.
+COLORS = (
+    '#000000',
+    '#E69F00',
+    '#56B4E9',
+    '#009E73',
+    '#882255',
+    '#0072B2',
+    '#D55E00',
+    '#CC79A7',
+)
+# so that colour is not the only difference
+DASHES: tuple[Any, ...] = ('-', '-', '-', '-', '--', '--', '--', '-.')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X', '*')
+GREY = '#595959'
+
+_SETTINGS = {
+    'font.size': 8,
+    'font.family': 'DejaVu Sans',
+    'axes.titlesize': 8,
+    'axes.labelsize': 8,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'grid.linewidth': 0.4,
+    'grid.color': '#DDDDDD',
+    'xtick.labelsize': 7,
+    'ytick.labelsize': 7,
+    'xtick.major.width': 0.6,
+    'ytick.major.width': 0.6,
+    'legend.fontsize': 7.5,
+    'legend.frameon': False,
+    'lines.linewidth': 1.2,
+    'pdf.fonttype': 42,  # letters stay letters
+    'savefig.dpi': 200,
+}
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """Apply the settings, and put back what was there."""
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def panels(
+    rows: int, columns: int, height: float, **options: Any
+) -> tuple[Figure, Any]:
+    """A figure of panels, without the global state of pyplot.
+
+    Args:
+        rows (int): Panels below one another.
+        columns (int): Panels beside one another.
+        height (float): Of one row, in inches.
+        options (Any): For ``Figure.subplots``.
+
+    Returns:
+        tuple[Figure, ndarray]: Figure and its axes, two-dimensional.
+    """
+    # a lone panel needs no full line
+    width = WIDTH if columns > 1 else 0.72 * WIDTH
+    figure = Figure((width, height * rows + 0.35), layout='constrained')
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and PDF.
+
+    Args:
+        figure (Figure): The figure.
+        path (Path): Without ending.
+    """
+    with look():
+        figure.savefig(path.with_suffix('.png'))
+        # no date, so that equal results give equal files
+        metadata = {'CreationDate': None, 'ModDate': None}
+        figure.savefig(path.with_suffix('.pdf'), metadata=metadata)
+
+
+def unique(rows: Iterable[dict[str, Any]], name: str) -> list[Any]:
+    """Values of a column in the order in which they appear.
+
+    Args:
+        rows (Iterable[dict[str, Any]]): Rows of a figure.
+        name (str): The column.
+
+    Returns:
+        list[Any]: Without repetition.
+    """
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of a series.
+
+    Args:
+        number (int): Its place in the legend; from the ninth on colours
+            repeat.
+
+    Returns:
+        dict[str, Any]: Keyword arguments of ``plot``.
+    """
+    count = len(COLORS)
+    return dict(
+        color=COLORS[number % count],
+        linestyle=DASHES[number % count],
+        zorder=2.5 if number else 3,
+    )
+
+
+def add_legend(figure: Figure, series: Sequence[str], title: str) -> None:
+    """Put a legend below the panels, where it covers nothing.
+
+    Args:
+        figure (Figure): The figure.
+        series (Sequence[str]): Names in their order.
+        title (str): What they are.
+    """
+    lines = [Line2D([], [], **line_style(i)) for i in range(len(series))]
+    columns = 8 if figure.get_figwidth() == WIDTH else 4
+    figure.legend(
+        lines,
+        series,
+        loc='outside lower center',
+        ncols=min(len(series), columns),
+        handlelength=2.2,
+        columnspacing=1.4,
+        title=title,
+        title_fontsize=7.5,
+    )
+
+
+def tidy_steps(axes: Axes) -> None:
+    """Few, whole numbers on an axis of training steps."""
+    axes.xaxis.set_major_locator(
+        matplotlib.ticker.MaxNLocator(4, integer=True, min_n_ticks=2)
+    )
+
+
+def say_empty(axes: Axes) -> None:
+    """Write into a panel that there is nothing to show."""
+    axes.text(
+        0.5,
+        0.5,
+        'no data',
+        transform=axes.transAxes,
+        ha='center',
+        va='center',
+        color=GREY,
+    )
+
+
+def scale(axes: Axes, values: np.ndarray) -> None:
+    """Make the vertical axis logarithmic if the values ask for it.
+
+    Args:
+        axes (Axes): Changed in place.
+        values (ndarray): Everything on it; with values below zero the axis
+            is linear around zero.
+    """
+    sizes = np.abs(values)
+    typical, largest = np.median(sizes), sizes.max()
+    if values.min() > 0 and largest > 20 * values.min():
+        axes.set_yscale('log')
+    elif values.min() <= 0 and largest > 50 * typical > 0:
+        axes.set_yscale('symlog', linthresh=float(typical))

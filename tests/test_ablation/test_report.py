@@ -1,0 +1,391 @@
+"""Reports of synthetic results: numbers computed by hand, files complete."""
+
+import base64
+import csv
+import io
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from mmstabvim.ablation import figures, report, results, statistics, tables
+from mmstabvim.visualization import eigenvalue_figure
+
+STABILIZERS = ['none', 'sn', 'all']
+LAYERS = [
+    f'backbone.layers.{i}.mixer.directions.{d}' for i in (0, 1) for d in (0, 1)
+]
+SCORES = {
+    'none': {0: 90.0, 1: 92.0, 2: 94.0},
+    'sn': {0: 91.0, 1: 94.0, 2: 97.0},
+    'all': {0: 80.0},
+}
+
+
+def train_lines(shift, last=30, diverges=False):
+    lines = [
+        dict(loss=s / 10 + shift, grad_norm=2.0, time=0.5, iter=s, step=s)
+        for s in range(10, last + 1, 10)
+    ]
+    if diverges:
+        lines[-1]['loss'] = math.nan
+    for epoch in (1, 2):
+        score = {'accuracy/top1': 10.0 * epoch, 'data_time': 0.1}
+        lines.append({**score, 'step': epoch})
+    return lines
+
+
+def stability_lines(imag=0.5):
+    return [
+        dict(
+            step=step,
+            layers=LAYERS,
+            spectral_abscissa=[-1.0, -0.5, 0.25, None],
+            decay_max=[0.9, 0.95, 1.05, None],
+            eigenvalues={LAYERS[1]: [[-1.0, imag], [-1.0, -imag]]},
+        )
+        for step in (1, 11)
+    ]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory, write_cell, write_study):
+    """Two state matrices; full/sn diverged once, full/all is incomplete."""
+    place = tmp_path_factory.mktemp('study')
+    cells = []
+    for matrix in ('neg_exp', 'full'):
+        for name, scores in SCORES.items():
+            labels = dict(state_matrix=matrix, stabilizer=name)
+            for seed, score in scores.items():
+                diverged = (matrix, name, seed) == ('full', 'sn', 2)
+                cells.append(
+                    write_cell(
+                        place,
+                        labels,
+                        seed,
+                        None if diverged else score,
+                        'diverged' if diverged else 'done',
+                        train=train_lines(seed, diverges=diverged),
+                        stability=stability_lines() if seed == 0 else (),
+                        first_diverged_step=25 if diverged else None,
+                        seconds_per_step=0.010 * (seed + 1),
+                        memory_mb=100.0 * (seed + 1),
+                        memory_kind='resident',
+                        machine=dict(cpu='CPU <1>', cores=2, gpus=[]),
+                        versions=dict(torch='2.11'),
+                        jobs=2,
+                        threads=1,
+                    )
+                )
+    failed = dict(state_matrix='full', stabilizer='all')
+    reason = 'exit code 1: ValueError: <b>|'
+    cells.append(write_cell(place, failed, 1, None, 'failed', reason=reason))
+    cells.append(write_cell(place, failed, 2, status='missing'))
+    orders = dict(state_matrix=['neg_exp', 'full'], stabilizer=STABILIZERS)
+    write_study(place, cells, dict(stabilizer='none'), **orders)
+    assert report.write_report(place, place / 'report').is_file()
+    return place
+
+
+def rows_of(folder, name):
+    path = folder / 'report' / 'tables' / f'{name}.csv'
+    return list(csv.DictReader(io.StringIO(path.read_text())))
+
+
+def test_tables_have_the_numbers(folder):
+    rows = rows_of(folder, 'results')
+    assert [(r['state_matrix'], r['stabilizer']) for r in rows] == [
+        (m, s) for m in ('neg_exp', 'full') for s in STABILIZERS
+    ]
+    first, diverged, lone = rows[0], rows[4], rows[5]
+    # 90, 92, 94: mean 92, squares of the distances 4 + 0 + 4 over 2
+    assert (float(first['mean']), float(first['std'])) == (92.0, 2.0)
+    assert (first['n'], first['planned']) == ('3', '3')
+    assert float(first['step_ms']) == pytest.approx(20.0)
+    assert float(first['memory_mb']) == 300.0
+    # 91, 94 of three, the last one diverged
+    assert float(diverged['mean']) == 92.5
+    assert float(diverged['std']) == pytest.approx(math.sqrt(4.5))
+    assert (diverged['diverged'], diverged['ended']) == ('1', '3')
+    assert diverged['first_diverged_steps'] == '25'
+    assert (lone['n'], lone['planned'], lone['std']) == ('1', '3', '')
+    text = (folder / 'report' / 'tables' / 'results.md').read_text()
+    assert (
+        '| full | sn | 92.50 ± 2.12 | 2 of 3 | 1/3 | 25 | 20.0 | 300 |' in text
+    )
+    assert '| full | all | 80.00 | 1 of 3 | 0/1 | — | 10.0 | 100 |' in text
+
+
+def test_differences_are_paired(folder):
+    rows = rows_of(folder, 'differences')
+    sn, lone, short, last = rows
+    # 1, 2, 3: mean 2, std 1, half width 4.302653 / sqrt(3)
+    assert (float(sn['difference']), sn['pairs']) == (2.0, '3')
+    assert float(sn['low']) == pytest.approx(2 - 2.48414, abs=1e-4)
+    assert float(sn['high']) == pytest.approx(2 + 2.48414, abs=1e-4)
+    assert sn['verdict'] == 'no clear difference'
+    assert (lone['pairs'], lone['verdict']) == ('1', 'too few pairs')
+    # 1, 2: mean 1.5, std sqrt(1/2), t(0.975, 1) = 12.7062
+    assert (float(short['difference']), short['pairs']) == (1.5, '2')
+    assert float(short['low']) == pytest.approx(1.5 - 12.7062 / 2, abs=1e-4)
+    # two tests in all: the smaller p counts twice
+    assert float(sn['p_holm']) == pytest.approx(2 * float(sn['p']))
+    assert last['verdict'] == 'too few pairs'
+
+
+def test_unfinished_cells_are_named(folder):
+    rows = rows_of(folder, 'unfinished')
+    assert [(r['cell'], r['status']) for r in rows] == [
+        ('full.all.fp32.seed1', 'failed'),
+        ('full.all.fp32.seed2', 'missing'),
+    ]
+    text = (folder / 'report' / 'report.md').read_text()
+    assert r'ValueError: <b>\|' in text
+    assert 'Cells: 16: 13 done, 1 diverged, 1 failed, 1 missing' in text
+
+
+def test_every_figure_is_there(folder):
+    found = {p.name for p in (folder / 'report' / 'figures').iterdir()}
+    names = ['score', 'curves', 'stability']
+    names += [
+        f'{kind}_{matrix}'
+        for kind in ('eigenvalues', 'decay')
+        for matrix in ('neg_exp', 'full')
+    ]
+    expected = {f'{n}.{end}' for n in names for end in ('png', 'pdf', 'csv')}
+    assert found == expected
+
+
+class Page(HTMLParser):
+    """What a browser would load, and what it would show."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.ids, self.links = [], [], set(), []
+        self.open, self.text = [], ''
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.tags.append(tag)
+        if tag not in ('meta', 'img'):
+            self.open.append(tag)
+        self.sources += [attrs[n] for n in ('src',) if n in attrs]
+        self.links += [attrs['href']] if 'href' in attrs else []
+        self.ids |= {attrs['id']} if 'id' in attrs else set()
+        if tag == 'img':
+            assert attrs['alt']
+        if tag == 'table':
+            assert self.box == 'scroll'
+        self.box = attrs.get('class')
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_nothing_else(folder):
+    text = (folder / 'report' / 'report.html').read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert 'script' not in page.tags
+    assert 'link' not in page.tags
+    assert 'url(' not in text
+    assert '@import' not in text
+    for link in page.links:
+        assert link[0] == '#'
+        assert link[1:] in page.ids
+    figures_there = sorted((folder / 'report' / 'figures').glob('*.png'))
+    head = 'data:image/png;base64,'
+    shown = [base64.b64decode(s.removeprefix(head)) for s in page.sources]
+    assert sorted(shown) == sorted(p.read_bytes() for p in figures_there)
+    assert 'Test <study>' in page.text
+    assert 'CPU <1>, 2 cores, 2 training(s) at once' in page.text
+    assert 'ValueError: <b>|' in page.text
+    assert page.tags.count('table') == 4
+
+
+def test_latex(folder):
+    text = (folder / 'report' / 'tables' / 'results.tex').read_text()
+    assert r'\begin{tabular}{llrrrrrr}' in text
+    assert r'neg\_exp & none & 92.00 $\pm$ 2.00 & 3 of 3 & 0/3 & ---' in text
+    assert text.count(r'\addlinespace') == 1
+    assert (
+        re.search(r'(?<!\\)_', text.replace(r'\label{tab:results}', ''))
+        is None
+    )
+    assert text.count('{') == text.count('}')
+    for rule in (r'\toprule', r'\midrule', r'\bottomrule'):
+        assert text.count(rule) == 1
+    assert tables.latex_text('a_b<5 % \\') == (r'a\_b$<$5 \% \textbackslash{}')
+
+
+def pictures_of(folder):
+    study = results.read_study(folder)
+    found = figures.make_pictures(study, statistics.combine(study))
+    return {picture.name: picture for picture in found}
+
+
+@pytest.fixture(scope='module')
+def pictures(folder):
+    return pictures_of(folder)
+
+
+def test_curves_are_mean_and_range(pictures):
+    picture = pictures['curves']
+    rows = [
+        row
+        for row in picture.rows
+        if row['facet'] == 'full' and row['series'] == 'sn'
+    ]
+    loss = [row for row in rows if row['quantity'].startswith('loss')]
+    # seeds 0, 1, 2 are shifted by as much; the last one ends at 20
+    assert [(r['step'], r['n'], r['mean']) for r in loss] == [
+        (10, 3, 2.0),
+        (20, 3, 3.0),
+        (30, 2, 3.5),
+    ]
+    assert [(r['low'], r['high']) for r in loss][1:] == [(2, 4), (3, 4)]
+    assert [r['ended'] for r in loss] == [0, 1, 0]
+    score = [row for row in rows if row['quantity'].endswith('by epoch')]
+    assert [(r['step'], r['mean']) for r in score] == [(1, 10.0), (2, 20.0)]
+    axes = picture.figure.axes
+    assert [a.get_title() for a in axes[:2]] == ['neg_exp', 'full']
+    assert [a.get_xlabel() for a in axes] == ['training iteration'] * 4 + [
+        'epoch'
+    ] * 2
+    line = axes[1].get_lines()[2]  # none and its marks, then sn
+    assert list(line.get_ydata()) == [2.0, 3.0, 3.5]
+
+
+def test_stability_takes_the_worst_layer(pictures):
+    rows = [
+        row
+        for row in pictures['stability'].rows
+        if row['facet'] == 'full' and row['series'] == 'none'
+    ]
+    assert [(row['step'], row['mean']) for row in rows] == [
+        (1, 0.25),
+        (11, 0.25),
+        (1, 1.05),
+        (11, 1.05),
+    ]
+    decay = pictures['decay_full'].rows
+    assert len(decay) == 3 * 2 * 4  # series, steps, layers
+    values = {row['layer']: row['value'] for row in decay}
+    assert list(values) == ['0 fwd', '0 bwd', '1 fwd', '1 bwd']
+    assert list(values.values())[:3] == [0.9, 0.95, 1.05]
+    assert math.isnan(values['1 bwd'])
+    mesh = pictures['decay_full'].figure.axes[0].collections[0]
+    drawn = mesh.get_array()
+    assert drawn.shape == (4, 2)
+    assert drawn[2, 1] == 1.05
+    eigenvalues = pictures['eigenvalues_full'].rows
+    assert {row['layer'] for row in eigenvalues} == {'0 bwd'}
+    assert len(eigenvalues) == 3 * 2 * 2
+
+
+def test_scores_are_drawn_at_their_places(pictures):
+    picture = pictures['score']
+    assert [row['value'] for row in picture.rows[:3]] == [90.0, 92.0, 94.0]
+    axes = picture.figure.axes[1]
+    labels = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert labels == STABILIZERS
+    points = [p for c in axes.collections for p in c.get_offsets().tolist()]
+    heights = {round(x): y for x, y in points if abs(x - round(x)) < 1e-9}
+    assert heights[2] == 80.0  # a lone seed sits in the middle
+    assert sorted(y for x, y in points if round(x) == 1) == [91.0, 94.0]
+
+
+def test_real_eigenvalues_are_drawn_over_the_steps():
+    rows = [
+        dict(series='none', step=s, layer='0', real=-r, imag=0.0)
+        for s in (1, 50)
+        for r in (1.0, 2.0)
+    ]
+    figure = eigenvalue_figure(rows, ['none', 'sn'])
+    points = figure.axes[0].collections[0].get_offsets().tolist()
+    assert points == [[1, -1], [1, -2], [50, -1], [50, -2]]
+    assert figure.axes[0].get_ylim()[1] > 0
+    assert 'no data' in [t.get_text() for t in figure.axes[1].texts]
+
+
+def test_ladder(tmp_path, write_cell, write_study):
+    cells = []
+    for name, limit in (('none', 0.01), ('sn', 1.0)):
+        for lr in (0.001, 0.01, 0.1):
+            for seed in (0, 1):
+                status = 'diverged' if lr > limit else 'done'
+                if (name, lr, seed) == ('sn', 0.1, 1):
+                    status = 'missing'
+                cells.append(
+                    write_cell(
+                        tmp_path,
+                        dict(stabilizer=name),
+                        seed,
+                        90.0 + seed if status == 'done' else None,
+                        status,
+                        lr=lr,
+                        first_diverged_step=7 + seed,
+                    )
+                )
+    baseline = dict(stabilizer='none')
+    write_study(tmp_path, cells, baseline, stabilizer=['none', 'sn'])
+    report.write_report(tmp_path, tmp_path / 'report')
+    none, sn = rows_of(tmp_path, 'divergence')
+    assert (none['diverged'], none['ended']) == ('2', '6')
+    assert none['largest_stable_lr'] == '0.01'
+    assert none['median_first_diverged_step'] == '7'
+    assert (sn['diverged'], sn['ended']) == ('0', '5')
+    text = (tmp_path / 'report' / 'tables' / 'divergence.md').read_text()
+    assert '| none | 2/6 | 10 to 70 % | 7 | 0.01 |' in text
+    assert '| sn | 0/5 | 0 to 43 % | — | ≥0.1* |' in text
+    picture = pictures_of(tmp_path)['lr_ladder']
+    image = picture.figure.axes[0].images[0].get_array()
+    assert image.tolist() == [[0, 0, 1], [0, 0, 0]]
+    texts = [t.get_text() for t in picture.figure.axes[0].texts]
+    assert texts[0] == '0/2\n90.50'
+    assert texts[2] == '2/2'
+    assert texts[5] == '0/1 of 2\n90.00'
+
+
+def test_a_study_without_any_result(tmp_path, write_cell, write_study):
+    cells = [write_cell(tmp_path, dict(kind='a'), 0, status='missing')]
+    write_study(tmp_path, cells, kind=['a'])
+    report.write_report(tmp_path, tmp_path / 'out')
+    text = (tmp_path / 'out' / 'report.md').read_text()
+    assert '| a | — | 0 of 1 | — | — | — | — |' in text
+    assert list((tmp_path / 'out' / 'figures').iterdir()) == []
+
+
+def test_a_second_report_replaces_the_first(tmp_path, write_cell, write_study):
+    cell = write_cell(tmp_path, dict(kind='a'), 0, 90.0)
+    write_study(tmp_path, [cell], kind=['a'])
+    page = report.write_report(tmp_path, tmp_path / 'out')
+    stale = tmp_path / 'out' / 'figures' / 'lr_ladder.png'
+    other = tmp_path / 'out' / 'notes.txt'
+    stale.write_text('')
+    other.write_text('')
+    before = page.read_bytes()
+    report.write_report(tmp_path, tmp_path / 'out')
+    assert not stale.exists()
+    assert other.exists()
+    assert page.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ('value', 'text'),
+    [(0.01234, '0.0123'), (12.345, '12.3'), (1234.5, '1234'), (0.0, '0')],
+)
+def test_significant_digits(value, text):
+    assert report.number(value, 3) == text
+
+
+def test_names_of_layers():
+    assert figures.short_layer('layers.3.mixer.directions.1') == '3 bwd'
+    assert figures.short_layer('module.layers.10.x.0') == '10 fwd'
+    assert figures.short_layer('encoder') == 'encoder'
+    assert figures.short_layer('a.1.b.7') == 'a.1.b.7'

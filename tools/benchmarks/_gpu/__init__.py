@@ -1,0 +1,1 @@
+"""Stages of ``gpu_suite.py``, one module each, and what they share."""
