@@ -21,7 +21,8 @@ CONFIG_ROOT = Path(__file__).parents[1] / 'configs'
 ALL = sorted(
     str(path.relative_to(CONFIG_ROOT))
     for path in CONFIG_ROOT.rglob('*.py')
-    if '_base_' not in path.relative_to(CONFIG_ROOT).parts
+    # what is directly in ablation/ are matrices of configs
+    if '_base_' not in path.parts and path.parent.name != 'ablation'
 )
 CLASSIFIERS = [name for name in ALL if name.startswith('vim/')]
 NAME = re.compile(
@@ -483,3 +484,43 @@ def check_checkpoint(path):
     averaged = saved['state_dict'][name]
     plain = saved['ema_state_dict'][f'module.{name}']
     assert not torch.equal(averaged, plain)
+
+
+ABLATION = sorted(
+    path
+    for path in (CONFIG_ROOT / 'ablation').glob('*/*.py')
+    if re.search(r'-(negexp|signed|full)-', path.stem)
+)
+HOOKS = {
+    'sn': 'mmstabvim.SpectralNormalizationHook',
+    'ec': 'mmstabvim.EigenvalueClampingHook',
+    'sp': 'mmstabvim.StabilityLossHook',
+}
+
+
+def test_ablations_are_complete():
+    """Eight combinations, on three state matrices for most datasets."""
+    assert len(ABLATION) == (3 * 3 + 1) * 8
+    assert len({path.name for path in ABLATION}) == len(ABLATION)
+
+
+@pytest.mark.parametrize('path', ABLATION, ids=lambda path: path.stem)
+def test_ablation_is_its_base_and_one_fragment(path):
+    """Nothing else differs, and the name says what does."""
+    cfg = Config.fromfile(path)
+    matrix, combination = re.search(
+        r'-(negexp|signed|full)-([a-z-]+)_', path.stem
+    ).groups()
+    base_name = path.stem.replace(f'-{matrix}-{combination}', '')
+    base = path.with_name(f'{base_name}.py')  # else a published recipe
+    if not base.exists():
+        base = CONFIG_ROOT / f'vim/{base_name}.py'
+    base = Config.fromfile(base)
+    hooks = [hook['type'] for hook in cfg.pop('custom_hooks')]
+    parts = {'none': [], 'all': list(HOOKS)}.get(
+        combination, combination.split('-')
+    )
+    assert hooks == [HOOKS[part] for part in parts]
+    state_matrix = cfg.model.backbone.pop('state_matrix', dict(type='neg_exp'))
+    assert state_matrix['type'].replace('_', '') == matrix
+    assert cfg.to_dict() == base.to_dict()

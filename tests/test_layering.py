@@ -21,6 +21,7 @@ LEVELS = {
     'datasets': 3,
     'evaluation': 3,
     'visualization': 3,
+    'ablation': 4,
 }
 # registered parts know each other through the registry only
 APART = {'models', 'engine', 'datasets'}

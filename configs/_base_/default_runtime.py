@@ -10,6 +10,8 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
     random_state=dict(type='mmstabvim.RandomStateHook'),
+    stability=dict(type='mmstabvim.StabilityMonitorHook', interval=100),
+    divergence=dict(type='mmstabvim.DivergenceHook'),
 )
 
 env_cfg = dict(

@@ -1,114 +1,22 @@
 """Rows of the figures, from the results of a study."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from mmstabvim import visualization
 from mmstabvim.ablation import results, statistics
+from mmstabvim.ablation.layout import Layout, Picture, Rows, make_layout
 from mmstabvim.ablation.results import Result, Study
 from mmstabvim.ablation.statistics import Combination
 from mmstabvim.visualization.curves import Quantity
 
-Rows = list[dict[str, Any]]
 _FACETS = 3  # beside one another in a figure of curves
 _POINTS = 1500  # eigenvalues drawn in a panel
 _DIRECTIONS = ('fwd', 'bwd')
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure, its data and its words.
-
-    Attributes:
-        name (str): File name without ending.
-        title (str): A few words.
-        caption (str): What is drawn and how it came about.
-        figure (Figure): The figure.
-        rows (list[dict]): Everything that is drawn.
-    """
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-    rows: Rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What is compared inside a panel, and what has panels of its own.
-
-    Attributes:
-        series (str): Label whose values are compared: that of the baseline,
-            else the last one.
-        names (list[str]): Its values in their order.
-        panels (list[str]): The labels that vary besides, and
-            ``'precision'`` and ``'lr'`` where they do.
-    """
-
-    series: str
-    names: list[str]
-    panels: list[str]
-
-    def facet(self, combination: Combination, without: str = '') -> str:
-        """Name of the panel of a combination."""
-        values = facet_values(combination)
-        return ', '.join(
-            f'lr {values[name]}' if name == 'lr' else str(values[name])
-            for name in self.panels
-            if name in values and name != without
-        )
-
-    def name(self, combination: Combination) -> str:
-        """Which series a combination is."""
-        return combination.labels.get(self.series, '')
-
-
-def facet_values(combination: Combination) -> dict[str, str]:
-    """Labels, precision and learning rate in one dict.
-
-    Args:
-        combination (Combination): Any.
-
-    Returns:
-        dict[str, str]: Text of each.
-    """
-    lr = 'of config' if combination.lr is None else f'{combination.lr:g}'
-    return {
-        **combination.labels,
-        'precision': combination.precision,
-        'lr': lr,
-    }
-
-
-def make_layout(study: Study, combinations: Sequence[Combination]) -> Layout:
-    """Choose what is compared inside the panels.
-
-    Args:
-        study (Study): With labels and baseline.
-        combinations (Sequence[Combination]): All of the study.
-
-    Returns:
-        Layout: The same for all figures.
-    """
-    series = [*study.orders, *study.baseline][-1]
-    values: dict[str, set[str]] = {}
-    for combination in combinations:
-        for name, value in facet_values(combination).items():
-            values.setdefault(name, set()).add(value)
-    panels = [
-        name
-        for name, found in values.items()
-        if name != series and len(found) > 1
-    ]
-    names = statistics.ordered_values(study, series)
-    return Layout(series, names, panels)
 
 
 def make_pictures(
@@ -147,9 +55,12 @@ def _score_pictures(
                         mean=c.metric.mean,
                         std=_known(c.metric.std),
                         n=c.metric.n,
+                        note='',
                     )
                 )
-    if rows:
+        if not c.metric.n:
+            rows.append(_no_score(c, layout))
+    if any(row['n'] for row in rows):
         figure = visualization.score_figure(
             rows,
             layout.names,
@@ -166,6 +77,16 @@ def _score_pictures(
             figure,
             rows,
         )
+
+
+def _no_score(c: Combination, layout: Layout) -> dict[str, Any]:
+    """What stands where a combination has no score."""
+    return dict(
+        facet=layout.facet(c),
+        series=layout.name(c),
+        n=0,
+        note='diverged' if c.rate.count else 'no result',
+    )
 
 
 def metric_text(name: str) -> str:
@@ -204,6 +125,7 @@ def _ladder_pictures(
                     series=layout.name(c),
                     lr=used,
                     diverged=c.rate.count,
+                    collapsed=c.collapsed,
                     n=c.rate.n,
                     planned=len(c.cells),
                     rate=c.rate.count / c.rate.n if c.rate.n else None,
@@ -438,7 +360,8 @@ def _spectrum(
             f'Largest |exp(ΔA)| by layer and iteration{where}',
             f'{seed} Over the channels, states and tokens of a batch; fwd and '
             'bwd are the directions of a layer. Blue: states forget; red: '
-            'they grow; grey: no record.',
+            'they grow; grey: no record. The scale is logarithmic in the '
+            'distance from 1.',
             visualization.decay_figure(decays, series),
             decays,
         )

@@ -142,7 +142,7 @@ class Job:
         self._lock = lock
         self._ends_by = math.inf
         self._memory: float | None = None
-        self._sizes: dict[Path, int] = {}
+        self._read: dict[Path, int] = {}  # bytes of each file
         self._attempts = 1 + _attempts(self.folder)
         self._command = training_command(cell, self.folder, settings.train)
         self._write({'status': results.RUNNING})
@@ -198,16 +198,16 @@ class Job:
 
         Only where no hook decides that.
         """
-        sizes = {
-            path: path.stat().st_size
-            for path in self.folder.glob('*/vis_data/scalars.json')
-        }
-        if sizes == self._sizes:
-            return
-        self._sizes = sizes
-        step = results.read_curves(self.folder).first_nonfinite_step()
-        if step is not None:
-            self.end(results.DIVERGED, f'loss not finite at iteration {step}')
+        for path in self.folder.glob('*/vis_data/scalars.json'):
+            if path.stat().st_mtime < self.started:
+                continue  # of an earlier attempt
+            lines, self._read[path] = results.read_new_lines(
+                path, self._read.get(path, 0)
+            )
+            step = results.first_nonfinite_step(lines)
+            if step is not None:
+                cause = f'loss not finite at iteration {step}'
+                self.end(results.DIVERGED, cause)
 
     def end(self, status: str, reason: str = '') -> None:
         """Ask the training and its workers to end.

@@ -24,6 +24,7 @@ _DEFAULTS: dict[str, Any] = dict(
     title='Ablation',
     metric='accuracy/top1',
     baseline={},
+    collapse_below=None,
     seeds=[0],
     precisions=['fp32'],
     lrs=[None],
@@ -88,6 +89,8 @@ class Matrix:
         metric (str): Name of the validation metric, higher is better.
         baseline (dict[str, str]): Label and value of what the others are
             compared with.
+        collapse_below (float | None): Score below which a training has
+            learnt nothing, though its loss stayed finite.
         orders (dict[str, list[str]]): Values of each label in their order.
         cells (list[Cell]): Every training, seed by seed: so an unfinished
             study has about as many seeds of each combination.
@@ -96,6 +99,7 @@ class Matrix:
     title: str
     metric: str
     baseline: dict[str, str]
+    collapse_below: float | None
     orders: dict[str, list[str]]
     cells: list[Cell]
 
@@ -128,8 +132,9 @@ def load_matrix(
 ) -> Matrix:
     """Read a matrix file and work out its cells.
 
-    The file is a config with ``title``, ``metric``, ``baseline``, ``seeds``,
-    ``precisions``, ``lrs``, ``cfg_options`` and ``groups``. A group has
+    The file is a config with ``title``, ``metric``, ``baseline``,
+    ``collapse_below``, ``seeds``, ``precisions``, ``lrs``, ``cfg_options``
+    and ``groups``. A group has
     ``configs``, a path or glob (or a list of them) relative to the file,
     and may have ``labels``, ``cfg_options`` and axes of its own. A label is
 
@@ -168,6 +173,7 @@ def load_matrix(
         settings['title'],
         settings['metric'],
         settings['baseline'],
+        settings['collapse_below'],
         orders,
         cells,
     )
@@ -260,7 +266,14 @@ def _find(folder: Path, pattern: str) -> list[str]:
     paths = sorted(glob.glob(path))
     if not paths:
         launch.check_file(path, 'config')
-    return [os.path.normpath(p) for p in paths or [path]]
+    return [_relative(p) for p in paths or [path]]
+
+
+def _relative(path: str) -> str:
+    """Below the current folder relative to it, as a record should say."""
+    relative = os.path.relpath(path)
+    outside = relative.startswith(os.pardir)
+    return os.path.normpath(path) if outside else relative
 
 
 def _extend_orders(orders: dict, labels: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmstabvim.ablation import tables
-from mmstabvim.ablation.figures import Picture
+from mmstabvim.ablation.layout import Picture
 from mmstabvim.ablation.tables import Table
 from mmstabvim.version import __version__
 

@@ -4,6 +4,7 @@ Everything here tolerates a training that was killed at any moment: half a
 line at the end of a file, a folder without results, several attempts.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,7 @@ class Curves:
 
         Late by at most the interval of logging.
         """
-        for line in self.train:
-            loss: Any = line.get('loss')
-            if _is_number(loss) and not math.isfinite(float(loss)):
-                return int(line['step'])
-        return None
+        return first_nonfinite_step(self.train)
 
     def ends_finite(self) -> bool:
         """Whether the last logged loss is finite."""
@@ -101,32 +98,64 @@ class Curves:
         return best
 
 
+def first_nonfinite_step(lines: Iterable[dict[str, Any]]) -> int | None:
+    """Iteration of the first line whose loss is not finite.
+
+    Args:
+        lines (Iterable[dict]): Lines of training.
+
+    Returns:
+        int | None: None if there is none.
+    """
+    for line in lines:
+        loss: Any = line.get('loss')
+        if _is_number(loss) and not math.isfinite(float(loss)):
+            return int(line['step'])
+    return None
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Objects of a file with one JSON object per line.
 
     Args:
         path (Path): May be absent.
 
-    Returns:
-        list[dict]: Without lines that are no complete object.
+    Yields:
+        dict: Each but those of lines that are no complete object.
     """
-    try:
-        text = path.read_text(encoding='utf-8', errors='replace')
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in text.splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
+        yield from _objects(file)
+
+
+def _objects(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        # bytes that are no text are no JSON either
+        with contextlib.suppress(ValueError):
             value = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            found.append(value)
-    return found
+            if isinstance(value, dict):
+                yield value
+
+
+def read_new_lines(path: Path, start: int) -> tuple[list[dict], int]:
+    """Objects that were added to a file which is still being written.
+
+    Args:
+        path (Path): One JSON object per line.
+        start (int): Byte from which on it is new.
+
+    Returns:
+        tuple[list[dict], int]: Objects of the whole lines since, and where
+        the next one starts.
+    """
+    with open(path, 'rb') as file:
+        file.seek(start)
+        added = file.read()
+    whole = added[: added.rfind(b'\n') + 1]
+    return list(_objects(whole.splitlines())), start + len(whole)
 
 
 def read_curves(folder: Path) -> Curves:
@@ -143,10 +172,12 @@ def read_curves(folder: Path) -> Curves:
     """
     curves = Curves()
     for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        lines = [line for line in read_lines(path) if 'step' in line]
+        # hooks may write lines of their own, large ones, without times
+        lines = [
+            s for s in read_lines(path) if 'data_time' in s or 'iter' in s
+        ]
         train = [line for line in lines if 'iter' in line]
-        # hooks may write lines of their own, which have no times
-        val = [s for s in lines if 'iter' not in s and 'data_time' in s]
+        val = [line for line in lines if 'iter' not in line]
         curves.train = _continue(curves.train, train)
         curves.val = _continue(curves.val, val)
     return curves
@@ -344,6 +375,8 @@ class Study:
         orders (dict[str, list[str]]): Values of each label in their order.
         cells (list[Result]): Every cell, also those without results.
         command (str): What started the latest run, may be empty.
+        collapse_below (float | None): A training that is done with a score
+            below it has learnt nothing; None to leave that open.
     """
 
     title: str
@@ -352,6 +385,14 @@ class Study:
     orders: dict[str, list[str]]
     cells: list[Result]
     command: str = ''
+    collapse_below: float | None = None
+
+    def has_collapsed(self, cell: Result) -> bool:
+        """Whether a training is done, yet has learnt nothing."""
+        score = cell.final(self.metric)
+        if score is None or self.collapse_below is None:
+            return False
+        return score < self.collapse_below
 
 
 def read_study(work_dir: Path) -> Study:
@@ -393,6 +434,7 @@ def read_study(work_dir: Path) -> Study:
         orders,
         cells,
         matrix.get('command', ''),
+        matrix.get('collapse_below'),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -173,14 +173,14 @@ def divergence_rate(cells: Sequence[Result]) -> Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Ladder:
-    """Largest learning rate at which nothing diverged.
+    """Largest learning rate at which nothing diverged or collapsed.
 
     Attributes:
-        largest (float | None): None if the smallest one diverged, or if no
+        largest (float | None): None if the smallest one did, or if no
             training ended.
         top (bool): Whether it is the largest one tried.
         smallest (float | None): The smallest one tried, None without any.
-        complete (bool): Whether all seeds up to the first divergence ended.
+        complete (bool): Whether all seeds up to there ended.
     """
 
     largest: float | None
@@ -189,11 +189,16 @@ class Ladder:
     complete: bool
 
 
-def climb(cells: Sequence[Result]) -> Ladder:
-    """Go up the learning rates until a training diverges.
+def climb(
+    cells: Sequence[Result],
+    has_collapsed: Callable[[Result], bool] = lambda cell: False,
+) -> Ladder:
+    """Go up the learning rates until a training diverges or collapses.
 
     Args:
         cells (Sequence[Result]): Of one combination, at any learning rates.
+        has_collapsed (Callable): Whether a training has learnt nothing.
+            Defaults to none.
 
     Returns:
         Ladder: A learning rate without any ended training ends the climb.
@@ -207,7 +212,7 @@ def climb(cells: Sequence[Result]) -> Ladder:
         rate = divergence_rate(rungs[lr])
         if rate.count == 0 and rate.n < len(rungs[lr]):
             complete = False
-        if rate.count or not rate.n:
+        if rate.count or not rate.n or any(map(has_collapsed, rungs[lr])):
             top = False
             break
         largest, top = lr, True
@@ -225,6 +230,8 @@ class Combination:
         cells (list[Result]): By seed.
         metric (Sample): Final metric of those that are done.
         rate (Rate): Divergence.
+        collapsed (int): How many are done with a score that says that they
+            have learnt nothing (``collapse_below`` of the matrix).
         difference (Difference | None): None for the baseline itself and
             where there is no baseline.
     """
@@ -235,6 +242,7 @@ class Combination:
     cells: list[Result]
     metric: Sample
     rate: Rate
+    collapsed: int
     difference: Difference | None
 
     @property
@@ -285,6 +293,7 @@ def combine(study: Study) -> list[Combination]:
             groups[key],
             sample(list(values.values())),
             divergence_rate(groups[key]),
+            sum(study.has_collapsed(cell) for cell in groups[key]),
             difference,
         )
     return _corrected(list(found.values()))

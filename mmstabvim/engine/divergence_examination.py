@@ -222,19 +222,27 @@ def _describe_training(runner: Runner) -> dict[str, str]:
 
 def _describe_hooks(runner: Runner) -> list[str]:
     """This project's other hooks that act on training, with settings."""
+    given = [
+        *(runner.cfg.get('custom_hooks') or []),
+        *(runner.cfg.get('default_hooks') or {}).values(),
+    ]
+    configured = {
+        str(cfg.get('type')).rpartition('.')[2]: cfg
+        for cfg in given
+        if isinstance(cfg, dict)
+    }
     described = []
     for hook in runner.hooks:
-        kind = type(hook)
-        ours = kind.__module__.startswith('mmstabvim.')
-        if not ours or kind.__name__ in ('DivergenceHook', 'RandomStateHook'):
+        name = type(hook).__name__
+        ours = type(hook).__module__.startswith('mmstabvim.')
+        if not ours or name in ('DivergenceHook', 'RandomStateHook'):
             continue
-        settings = (
+        settings = ', '.join(
             f'{key}={value!r}'
-            for key, value in vars(hook).items()
-            if not key.startswith('_')
-            and isinstance(value, (str, int, float, type(None)))
+            for key, value in configured.get(name, {}).items()
+            if key != 'type'
         )
-        described.append(f'`{kind.__name__}` ({", ".join(settings)})')
+        described.append(f'`{name}` {settings}'.rstrip())
     return described
 
 

@@ -113,8 +113,7 @@ def continuous_margin(margin: float, delta_ref: float) -> float:
     _check_margin(margin)
     if not (delta_ref > 0 and math.isfinite(delta_ref)):
         raise ValueError(f'delta_ref must be positive, got {delta_ref}')
-    # + 0.0: a margin of 0 gives 0, not -0
-    return -math.log1p(-margin) / delta_ref + 0.0
+    return -math.log1p(-margin) / delta_ref
 
 
 def clamp_discrete(

@@ -52,7 +52,7 @@ def curve_figure(
     with style.look():
         facets = style.unique(rows, 'facet')
         figure, grid = style.panels(
-            len(quantities), len(facets), 1.75, sharey='row'
+            len(quantities), len(facets), 1.75, sharex='row', sharey='row'
         )
         for line, (name, unit, border) in enumerate(quantities):
             for column, facet in enumerate(facets):

@@ -25,8 +25,9 @@ def score_figure(
     """Score of each series: mean, standard deviation and single seeds.
 
     Args:
-        rows (Rows): ``facet, series, seed, value, mean, std, n``, one per
-            finished training.
+        rows (Rows): ``facet, series, seed, value, mean, std, n, note``, one
+            per finished training; where there is none, one with ``n`` 0 and
+            the ``note`` to write instead.
         series (Sequence[str]): Order on the axis.
         label (str): What the series are.
         unit (str): Label of the score.
@@ -65,8 +66,10 @@ def _draw_scores(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
     for place, name in enumerate(series):
         chosen = [row for row in rows if row['series'] == name]
         if not chosen:
+            continue
+        if not chosen[0]['n']:
             axes.annotate(
-                'no result',
+                chosen[0]['note'],
                 (place, 0.02),
                 xycoords=('data', 'axes fraction'),
                 rotation=90,
@@ -99,13 +102,17 @@ def _draw_scores(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
             capsize=3,
             elinewidth=1.1,
         )
-    axes.set_xticks(range(len(series)), series, rotation=45, ha='right')
+    if not any(row['n'] for row in rows):
+        axes.set_yticks([])
+    few = sum(map(len, series)) <= 12
+    turned: Any = {} if few else dict(rotation=45, ha='right')
+    axes.set_xticks(range(len(series)), series, **turned)
     axes.set_xlim(-0.6, len(series) - 0.4)
     axes.grid(axis='y')
 
 
 def _draw_baseline(axes: Axes, rows: Rows, baseline: str | None) -> None:
-    means = [row['mean'] for row in rows if row['series'] == baseline]
+    means = [r['mean'] for r in rows if r['series'] == baseline and r['n']]
     if means:
         axes.axhline(means[0], color=style.GREY, lw=0.7, ls=':', zorder=1)
 
@@ -116,9 +123,9 @@ def ladder_figure(
     """Share of diverged trainings by learning rate.
 
     Args:
-        rows (Rows): ``facet, series, lr, diverged, n, planned, rate, mean``;
-            ``n`` trainings ended, ``mean`` is the score of those that did not
-            diverge.
+        rows (Rows): ``facet, series, lr, diverged, collapsed, n, planned,
+            rate, mean``; ``n`` trainings ended, ``mean`` is the score of
+            those that did not diverge.
         series (Sequence[str]): From top to bottom.
         label (str): What the series are.
         unit (str): What the score is.
@@ -132,7 +139,7 @@ def ladder_figure(
         columns = max(1, min(len(facets), 12 // len(rates)))
         lines = math.ceil(len(facets) / columns)
         figure, grid = style.panels(
-            lines, columns, 0.27 * len(series) + 0.5, sharey=True
+            lines, columns, 0.3 * len(series) + 0.5, sharey=True
         )
         for axes, facet in _fill(grid, facets):
             chosen = [row for row in rows if row['facet'] == facet]
@@ -179,6 +186,8 @@ def _write_box(
         text += f' of {row["planned"]}'
     if row['mean'] is not None:
         text += f'\n{row["mean"]:.{2 if abs(row["mean"]) >= 1 else 4}f}'
+    if row['collapsed']:
+        text += f'\n{row["collapsed"]} collapsed'
     dark = bool(row['n']) and row['rate'] > 0.5
     axes.text(
         place[1],

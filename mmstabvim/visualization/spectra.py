@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
 from mmstabvim.visualization import style
@@ -119,8 +119,8 @@ def _add_step_bar(figure: Figure, grid: Any, norm: Normalize) -> None:
 def decay_figure(rows: Rows, series: Sequence[str]) -> Figure:
     """Largest ``|exp(delta A)|`` of each layer and direction over training.
 
-    White is 1, the border: blue states forget, red ones grow. The ends of
-    the scale are the 1 % and 99 % quantiles, at least 0.99 and 1.01.
+    White is 1, the border: blue states forget, red ones grow. The scale is
+    logarithmic in the distance from 1, as most values are close to it.
 
     Args:
         rows (Rows): ``series, layer, step, value``.
@@ -149,16 +149,22 @@ def decay_figure(rows: Rows, series: Sequence[str]) -> Figure:
         bar = figure.colorbar(
             scale, ax=grid, extend='both', shrink=0.9, pad=0.02
         )
-        bar.set_label('max |exp(ΔA)|')
+        bar.set_label('max |exp(ΔA)| \N{MINUS SIGN} 1')
+        bar.set_ticks(_decay_ticks(norm))
     return figure
 
 
 def _decay_scale(values: Any) -> Normalize:
-    finite = values[np.isfinite(values)]
-    low, high = 1.0, 1.0
-    if finite.size:
-        low, high = map(float, np.quantile(finite, [0.01, 0.99]))
-    return TwoSlopeNorm(1.0, min(low, 0.99), max(high, 1.01))
+    far = np.abs(values[np.isfinite(values)] - 1)
+    largest = float(np.quantile(far, 0.99)) if far.size else 1.0
+    # three powers of ten around zero, not below the rounding of float32
+    largest = 10.0 ** math.ceil(math.log10(min(max(largest, 1e-3), 10.0)))
+    return SymLogNorm(largest / 1e3, vmin=-largest, vmax=largest)
+
+
+def _decay_ticks(norm: Normalize) -> list[float]:
+    powers = [float(norm.vmax or 1.0) / 10**i for i in range(4)]
+    return [-x for x in powers] + [0.0] + powers[::-1]
 
 
 def _decay_colors() -> Any:
@@ -176,6 +182,7 @@ def _draw_decay(
     for row in rows:
         values[line[row['layer']], column[row['step']]] = row['value']
     values[np.isposinf(values)] = 1e30  # beyond the scale, not absent
+    values -= 1
     axes.pcolormesh(
         _edges(steps),
         np.arange(len(layers) + 1) - 0.5,

@@ -124,7 +124,9 @@ def line_style(number: int) -> dict[str, Any]:
     return dict(
         color=COLORS[number % count],
         linestyle=DASHES[number % count],
-        zorder=2.5 if number else 3,
+        # the first is usually the baseline, which others may lie upon
+        linewidth=1.1 if number else 2.4,
+        zorder=2.5 if number else 2,
     )
 
 

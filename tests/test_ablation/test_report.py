@@ -9,7 +9,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mmstabvim.ablation import figures, report, results, statistics, tables
+from mmstabvim.ablation import (
+    figures,
+    report,
+    report_tables,
+    results,
+    statistics,
+    tables,
+)
 from mmstabvim.visualization import eigenvalue_figure
 
 STABILIZERS = ['none', 'sn', 'all']
@@ -282,7 +289,7 @@ def test_stability_takes_the_worst_layer(pictures):
     mesh = pictures['decay_full'].figure.axes[0].collections[0]
     drawn = mesh.get_array()
     assert drawn.shape == (4, 2)
-    assert drawn[2, 1] == 1.05
+    assert drawn[2, 1] == pytest.approx(0.05)  # from 1
     eigenvalues = pictures['eigenvalues_full'].rows
     assert {row['layer'] for row in eigenvalues} == {'0 bwd'}
     assert len(eigenvalues) == 3 * 2 * 2
@@ -381,7 +388,7 @@ def test_a_second_report_replaces_the_first(tmp_path, write_cell, write_study):
     [(0.01234, '0.0123'), (12.345, '12.3'), (1234.5, '1234'), (0.0, '0')],
 )
 def test_significant_digits(value, text):
-    assert report.number(value, 3) == text
+    assert report_tables.number(value, 3) == text
 
 
 def test_names_of_layers():
@@ -389,3 +396,46 @@ def test_names_of_layers():
     assert figures.short_layer('module.layers.10.x.0') == '10 fwd'
     assert figures.short_layer('encoder') == 'encoder'
     assert figures.short_layer('a.1.b.7') == 'a.1.b.7'
+
+
+@pytest.mark.parametrize('limit', [None, 50.0])
+def test_trainings_that_learnt_nothing(
+    limit, tmp_path, write_cell, write_study
+):
+    """A finite loss is no success: chance level is said and stops a climb."""
+    scores = {0.01: (90.0, 80.0), 0.1: (10.0, 90.0)}
+    cells = [
+        write_cell(tmp_path, dict(kind='a'), seed, score, lr=lr)
+        for lr, found in scores.items()
+        for seed, score in enumerate(found)
+    ]
+    write_study(tmp_path, cells, collapse_below=limit, kind=['a'])
+    report.write_report(tmp_path, tmp_path / 'report')
+    text = (tmp_path / 'report' / 'report.md').read_text()
+    (row,) = rows_of(tmp_path, 'divergence')
+    collapsed = [r['collapsed'] for r in rows_of(tmp_path, 'results')]
+    texts = pictures_of(tmp_path)['lr_ladder'].figure.axes[0].texts
+    if limit is None:
+        assert (row['largest_stable_lr'], collapsed) == ('0.1', ['0', '0'])
+        assert 'may have learnt nothing' in text
+        assert texts[1].get_text() == '0/2\n50.00'
+    else:
+        assert (row['largest_stable_lr'], collapsed) == ('0.01', ['0', '1'])
+        assert '| a | 0.1 | 50.00 ± 56.57 | 2 of 2 | 0/2 | 1/2 |' in text
+        assert 'whose score is below 50;' in text
+        assert texts[1].get_text() == '0/2\n50.00\n1 collapsed'
+
+
+def test_where_there_is_no_score(tmp_path, write_cell, write_study):
+    cells = [
+        write_cell(tmp_path, dict(kind=kind), 0, score, status)
+        for kind, score, status in (
+            ('a', 90.0, 'done'),
+            ('b', None, 'diverged'),
+            ('c', None, 'failed'),
+        )
+    ]
+    write_study(tmp_path, cells, dict(kind='b'), kind=['a', 'b', 'c'])
+    (picture,) = pictures_of(tmp_path).values()
+    texts = [t.get_text() for t in picture.figure.axes[0].texts]
+    assert texts == ['diverged', 'no result']

@@ -78,6 +78,19 @@ def test_stability_records(tmp_path):
     assert results.read_stability(tmp_path / 'absent') == []
 
 
+def test_a_file_that_grows(tmp_path):
+    path = tmp_path / 'scalars.json'
+    path.write_text('{"loss": 1}\n{"lo')
+    lines, end = results.read_new_lines(path, 0)
+    assert (lines, end) == ([{'loss': 1}], 12)
+    assert results.read_new_lines(path, end) == ([], 12)
+    with path.open('a') as file:
+        file.write('ss": NaN, "step": 7}\n')
+    lines, end = results.read_new_lines(path, end)
+    assert results.first_nonfinite_step(lines) == 7
+    assert end == path.stat().st_size
+
+
 def test_divergence_reports(tmp_path):
     (tmp_path / 'run').mkdir()
     first = tmp_path / 'run' / 'divergence_report.md'

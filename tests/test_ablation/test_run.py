@@ -159,6 +159,16 @@ def test_interrupt_and_go_on(number, start, study):
     assert steps == [1, 2, 3, 4]
 
 
+def test_nohup_stays_in_force(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP))
+        timer.start()
+        assert start(cfg_options={'pause': 0.3})[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_training_that_takes_too_long(start, study, monkeypatch):
     """One that does not end when asked to ends by force."""
     monkeypatch.setattr(job, 'GRACE', 0.3)

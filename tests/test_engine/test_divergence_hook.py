@@ -22,15 +22,21 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement, PixelData
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from mmstabvim.checkpoint import load_checkpoint_tensors, load_everything
 from mmstabvim.engine.divergence_record import (
+    drawing_from,
     pack_batch,
     replay,
     unpack_batch,
 )
 from mmstabvim.engine.hooks import DivergenceHook
+from mmstabvim.engine.hooks.random_state_hook import (
+    get_random_state,
+    set_random_state,
+)
 from mmstabvim.engine.nonfinite import largest_entry, trace_step
 from mmstabvim.registry import HOOKS
 
@@ -337,6 +343,10 @@ def test_code_between_modules_and_masks():
     """A parent's code is named; infinity that a module copes with is not."""
 
     class Mask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.without_effect = nn.Parameter(torch.tensor(math.nan))
+
         def forward(self, x, mask):
             return torch.softmax(x + mask, -1)
 
@@ -380,6 +390,24 @@ def test_tracing_changes_nothing():
     assert trace_step(model, batch).error.startswith('ZeroDivisionError')
 
 
+def test_checkpointed_forward_counts_once():
+    """Activation checkpointing runs a block again in the backward pass."""
+    model = Tiny()
+    model.block[0].forward = Backward.apply
+    block = model.block.forward
+    model.block.forward = partial(checkpoint, block, use_reentrant=False)
+    batch = torch.utils.data.default_collate(batches()[:4])
+    finding = trace_step(model, batch)
+    assert finding.error == ''
+    modules = [(r.module, r.role) for r in finding.outputs]
+    assert ('block.1', 'output') in modules
+    assert len(set(modules)) == len(modules)
+    assert (
+        finding.culprit.describe()
+        == 'gradient of input of `block.0` (Dropout)'
+    )
+
+
 def test_largest_entry():
     values = [torch.tensor([1.0, -3]), torch.tensor([2j]), torch.ones(0)]
     assert largest_entry(values).item() == 3
@@ -396,7 +424,10 @@ def test_largest_entry():
 @pytest.mark.parametrize('interval', [0, 1, 2])
 def test_activation_that_does_not_reach_the_loss(tmp_path, interval):
     """Found in the iterations in which activations are looked at."""
-    runner = make_runner(tmp_path, hook(activation_interval=interval), iters=6)
+    ours = hook(
+        activation_interval=interval, interval=100, checkpoint_interval=100
+    )
+    runner = make_runner(tmp_path, ours, iters=7)
     place = runner.model.block[1]
     place.register_forward_hook(write_nan(runner, {3, 4}, math.inf))
     if not interval:
@@ -407,6 +438,7 @@ def test_activation_that_does_not_reach_the_loss(tmp_path, interval):
     assert 'An activation is not finite: inf.' in report
     assert first_in(report) == 'output of `block.1` (Linear)'
     assert f'Iteration {4 if interval == 1 else 5},' in report
+    assert 'iterations late' not in report
 
 
 def test_unrepeatable_activation_is_named_from_the_step(tmp_path):
@@ -743,6 +775,34 @@ def test_rollback_takes_the_newest_whole_checkpoint(tmp_path):
         assert ('iter_4.pth' in report) == (expected == 4)
 
 
+def test_rollback_beside_the_stabilizers(digits):
+    """They refuse weights that are not finite, and see none."""
+    digits.model.backbone.state_matrix = dict(type='full')
+    digits.custom_hooks = [
+        dict(type='EMAHook', momentum=0.1),
+        dict(type='mmstabvim.SpectralNormalizationHook', rho_max=4.0),
+        dict(type='mmstabvim.EigenvalueClampingHook'),
+        dict(type='mmstabvim.StabilityLossHook'),
+        dict(
+            type='mmstabvim.DivergenceHook',
+            action='rollback',
+            checkpoint_interval=2,
+        ),
+    ]
+    runner = Runner.from_cfg(digits)
+    runner.model.backbone.layers[0].mixer.in_proj.register_forward_hook(
+        write_nan(runner, {5})
+    )
+    runner.train()
+    assert runner.iter == 8
+    assert all(v.isfinite().all() for v in weights(runner).values())
+    (report,) = Path(runner.log_dir).glob('*.md')
+    report = report.read_text()
+    assert 'output of `backbone.layers.0.mixer.in_proj` (Linear)' in report
+    assert '- hook: `SpectralNormalizationHook` rho_max=4.0\n' in report
+    assert 'Add `dict(' not in report
+
+
 def test_checkpoints_are_whole(tmp_path):
     """Between the schedule and CheckpointHook: neither is a step behind."""
     steps = []
@@ -989,6 +1049,20 @@ def test_two_processes_decide_alike(tmp_path):
 
 
 # ----------------------------------------------------------- odds and ends
+
+
+def test_random_numbers_go_on_after_a_replay():
+    state = get_random_state()
+    first = torch.rand(3), np.random.rand(3)
+    middle = get_random_state()
+    second = torch.rand(3), np.random.rand(3)
+    set_random_state(middle)
+    with drawing_from(state):
+        assert torch.equal(torch.rand(3), first[0])
+        assert np.array_equal(np.random.rand(3), first[1])
+        torch.rand(1), np.random.rand(1)
+    assert torch.equal(torch.rand(3), second[0])
+    assert np.array_equal(np.random.rand(3), second[1])
 
 
 def test_batch_goes_there_and_back(tmp_path):

@@ -29,7 +29,7 @@ LAYERS = [
 def config(tmp_path):
     cfg = digits_config(tmp_path)
     cfg.train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=5)
-    cfg.default_hooks.pop('monitor', None)
+    cfg.default_hooks.pop('stability')
     cfg.custom_hooks = [
         dict(type='mmstabvim.StabilityMonitorHook', interval=2)
     ]

@@ -10,9 +10,6 @@ import tempfile
 import pytest
 import torch
 
-ARCHITECTURES = (80, 90, 100)
-"""Ampere, Hopper, Blackwell."""
-
 
 def on_gpu(test):
     """Mark a test that needs a GPU, and skip it where there is none."""
@@ -23,7 +20,7 @@ def on_gpu(test):
 def assert_close(actual, plain, exact, eps, sums=(), terms=1):
     """At most twice the error of plain PyTorch in the same dtype, by name.
 
-    ``sums`` of that many ``terms`` may cancel.
+    ``sums`` of that many ``terms``, each about 1, may cancel.
     """
     assert actual.keys() == exact.keys()
     for name, wanted in exact.items():
@@ -55,6 +52,11 @@ def sparse(shape, strides, dtype=torch.float16):
         flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve,
     )
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+def copied(x):
+    """Without the strides."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def compile_kernel(kernel, pointers, constants, architecture, **options):

@@ -9,8 +9,16 @@ from mmengine.analysis import get_model_complexity_info
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmstabvim.ops import causal_conv1d, native
-from mmstabvim.ops.causal_conv1d import causal_conv1d_ref, fused
+from mmstabvim.ops import (
+    causal_conv1d,
+    causal_conv1d_directions,
+    native,
+)
+from mmstabvim.ops.causal_conv1d import (
+    causal_conv1d_directions_ref,
+    causal_conv1d_ref,
+    fused,
+)
 from mmstabvim.ops.causal_conv1d.function import conv_flops
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -308,6 +316,66 @@ def test_gradcheck_of_the_reference(activation, reverse):
     )
 
 
+def make_directions(count=2, **options):
+    """x once, weight and bias for each direction."""
+    x, weight, bias = make_inputs(**options)
+    generator = torch.Generator().manual_seed(2)
+    scales = torch.randn(count, 1, 1, generator=generator)
+    bias = None if bias is None else (scales[..., 0] * bias).requires_grad_()
+    return x.requires_grad_(), (scales * weight).requires_grad_(), bias
+
+
+def run_directions(conv, inputs, reverse, dtype=torch.float32):
+    return run(
+        lambda *leaves: conv(*leaves[:3], reverse, leaves[4]), inputs, dtype
+    )
+
+
+@pytest.mark.parametrize(
+    'reverse', [(True,), (False, True), (True, False, False)], ids=str
+)
+@pytest.mark.parametrize('bias', [False, True])
+def test_directions(reverse, bias, kernel, two_threads):
+    """Each the bits of a call of its own; x has the sum of the gradients."""
+    inputs = make_directions(len(reverse), length=70, bias=bias)
+    actual = run_directions(causal_conv1d_directions, inputs, reverse)
+    plain, exact = (
+        run_directions(causal_conv1d_directions_ref, inputs, reverse, dtype)
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert_close(actual, plain, exact)
+    again = run_directions(causal_conv1d_directions, inputs, reverse)
+    assert_equal(again, actual)
+    for k, flag in enumerate(reverse):
+        one = [None if v is None else v[k].detach() for v in inputs[1:]]
+        y = causal_conv1d(inputs[0], *one, flag, 'silu')
+        assert torch.equal(actual['y'][k], y)
+
+
+def test_directions_share_one_gradient(kernel):
+    """That of a merge: expanded over the directions, not copied."""
+    inputs = make_directions()
+    y = causal_conv1d_directions(*inputs)
+    dy = torch.randn(y.shape[1:]).expand(y.shape)
+    expanded = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    dense = torch.autograd.grad(y, inputs, dy.clone())
+    assert all(map(torch.equal, expanded, dense))
+
+
+@pytest.mark.parametrize('way', ['1', '0'], ids=['fused', 'plain'])
+def test_directions_compile_in_one_graph(way, kernel, monkeypatch):
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, way)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        causal_conv1d_directions, backend='aot_eager', fullgraph=True
+    )
+    inputs = make_directions()
+    torch.testing.assert_close(
+        run_directions(compiled, inputs, (False, True)),
+        run_directions(causal_conv1d_directions, inputs, (False, True)),
+    )
+
+
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_registered_with_pytorch(bias, dtype, kernel):
@@ -316,9 +384,15 @@ def test_registered_with_pytorch(bias, dtype, kernel):
         None if x is None else x.to(dtype).detach().requires_grad_()
         for x in make_inputs(bias=bias)
     ]
-    torch.library.opcheck(
-        torch.ops.mmstabvim.causal_conv1d, (*inputs, True, 'silu')
-    )
+    x, *parameters = inputs
+    for reverse in ([1], [0, 1]):
+        stacked = [
+            None if v is None else v.expand(len(reverse), *v.shape)
+            for v in parameters
+        ]
+        torch.library.opcheck(
+            torch.ops.mmstabvim.causal_conv1d, (x, *stacked, reverse, 'silu')
+        )
 
 
 @pytest.mark.parametrize('way', ['1', '0'], ids=['fused', 'plain'])
@@ -359,12 +433,17 @@ def count_flops(**options):
 
 def test_flops_are_counted(kernel, monkeypatch):
     """Forward as PyTorch counts its own; backward by what is computed."""
-    forward = conv_flops((2, 13, 17), 4)
+    forward = conv_flops((2, 13, 17), (1, 17, 4))
     assert forward == 2 * 2 * 13 * 17 * 4
     assert count_flops() == (forward, 2 * forward)
     assert count_flops(activation='silu') == (forward, 3 * forward)
     monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, '0')
     assert count_flops()[0] == forward
+    monkeypatch.delenv(native.ENVIRONMENT_VARIABLE)
+    with FlopCounterMode(display=False) as counter:
+        y = causal_conv1d_directions(*make_directions(), activation='silu')
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 4 * forward
 
 
 class Convolve(nn.Module):
@@ -389,3 +468,12 @@ def test_checks_its_arguments():
         causal_conv1d(x, weight.t())
     with pytest.raises(ValueError, match=r"one of .*'silu'.*, got 'relu'"):
         causal_conv1d(x, weight, bias, activation='relu')
+    with pytest.raises(ValueError, match=r'bias must be \(17,\)'):
+        causal_conv1d(x, weight, bias[1:])
+    x, weight, bias = make_directions()
+    with pytest.raises(ValueError, match=r'weight \(directions, dim'):
+        causal_conv1d_directions(x, weight[0], bias)
+    with pytest.raises(ValueError, match='one entry for each direction'):
+        causal_conv1d_directions(x, weight, bias, (True,))
+    with pytest.raises(ValueError, match=r'bias must be \(2, 17\)'):
+        causal_conv1d_directions(x, weight, bias[0])

@@ -308,7 +308,7 @@ def test_directions_do_not_meet(mode, built, two_threads):
     """Bitwise what each direction gives alone."""
     reverse = (False, True, True)
     inputs = make_inputs(
-        mode, reverse, batch=1, length=40, dim=100, groups=(2, 1)
+        mode, reverse, batch=4, length=20, dim=100, groups=(2, 1)
     )
     dy, _ = seeds(inputs)
     together = fused.forward(inputs, True, cpu.CHUNK)
@@ -379,9 +379,13 @@ def test_non_contiguous(axes, mode, built):
     assert_equal(run(ScanInputs(*views, *inputs[7:])), run(inputs))
 
 
-def test_pending_conjugation(built):
-    """``conj()`` alone touches no memory; nor does the sign of ``imag``."""
-    inputs = make_inputs('complex-euler', state=4)
+@pytest.mark.parametrize('state', [1, 4])
+def test_pending_conjugation(state, built):
+    """``conj()`` alone touches no memory; nor does the sign of ``imag``.
+
+    With one state, (dim, state) has the inner layout as it is.
+    """
+    inputs = make_inputs('complex-euler', state=state)
     changed = {n: getattr(inputs, n).conj() for n in 'ABC'}
     changed['D'] = inputs.A[..., 0].conj().imag
     views = inputs._replace(**changed)

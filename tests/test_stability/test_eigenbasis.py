@@ -105,6 +105,24 @@ def test_condition_of_the_family():
     assert decompose(A, kappa_max=1e5).kind == EXACT
 
 
+@pytest.mark.parametrize('transposed', [False, True])
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_bad_condition_is_cured_by_at_least_1e_3(sign, transposed):
+    """Also where a smaller perturbation would just do."""
+    A = double([[-1, sign], [sign * 9.9e-7, -1]])
+    basis = decompose(A.T if transposed else A)
+    assert basis.perturbation in (1e-3, 1e-2, 1e-1)
+
+
+def test_what_does_not_separate_does_not_help(monkeypatch):
+    monkeypatch.setattr(
+        eigenbasis,
+        'perturbation',
+        lambda size, like: torch.eye(size, dtype=like.dtype),
+    )
+    assert decompose(-torch.eye(3)).kind == FAILED
+
+
 def test_larger_perturbations_condition_better():
     """As far as needed, and no further."""
     A = ILL['jordan 2']

@@ -74,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         choices=STAGES,
         default=list(STAGES),
-        help='run these only (default: all)',
+        help='run these only, in this order (default: all)',
     )
     parser.add_argument(
         '--time-limit',
@@ -217,7 +217,8 @@ class Suite:
     ) -> None:
         self.args, self.environment, self.header = args, environment, header
         self.device, self.console = device, console
-        self.deadline = start + args.time_limit
+        # to stop the last stage, too
+        self.deadline = start + args.time_limit - GRACE
         self.folder = args.out.resolve() / 'stages'
         self.results: list[dict[str, Any]] = []
 

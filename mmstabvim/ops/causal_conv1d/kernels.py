@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels of the causal convolution: all directions in one launch.
 
 With x 0 outside the sequence, where i - k is the k-th token before i in the
@@ -204,13 +205,9 @@ def _conv_bwd_kernel(
             for k in tl.static_range(DIRECTIONS):
                 rate = dy[k * CHUNK + s].to(tl.float32)
                 i = first + (s - past if REVERSE >> k & 1 else s)
-                t = start + i
                 if SILU:
                     pre = _convolve(x, taps, s, k, REVERSE >> k & 1, WIDTH)
-                    slope = _silu_and_slope(pre)[1]
-                    # not 0 * NaN: outside there is no token
-                    inside = (t >= 0) & (t < length)
-                    rate = tl.where(inside, rate * slope, 0.0)
+                    rate *= _silu_and_slope(pre)[1]
                 g += (rate,)
                 # neighbours' tokens lend their g to dx, no more
                 rate = tl.where((i >= 0) & (i < span), rate, 0.0)

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels of the gated merge, ``out = sum_k y[k] * silu(z) / K``.
 
 A program owns a tile of (BLOCK_L tokens, BLOCK_D channels) of a sequence.

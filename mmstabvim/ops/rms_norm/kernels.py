@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels of the root-mean-square norm of a residual stream.
 
 With ``r = (mean(x**2) + eps)**-1/2`` over the channels of a token::

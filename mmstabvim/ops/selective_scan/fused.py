@@ -108,9 +108,9 @@ def supports(inputs: ScanInputs) -> bool:
         inputs (ScanInputs): What to scan.
     """
     given = [x for x in inputs.tensors if x is not None]
-    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    narrow = {torch.float32, torch.bfloat16, torch.float16}
     if inputs.A.is_complex():
-        narrow = (*narrow, torch.complex64)
+        narrow.add(torch.complex64)
     groups = {m.shape[3] for m in (inputs.B, inputs.C) if m.dim() == 5}
     return (
         all(x.device.type == 'cpu' for x in given)

@@ -35,31 +35,6 @@ from mmstabvim.ops.selective_scan.kernels import (
 
 
 @triton.jit
-def _adjoint(
-    carry, before, decay, step, u, dread, A, B, C,
-    ZOH: tl.constexpr, COMPLEX: tl.constexpr,
-):  # fmt: skip
-    """One token back, to the state ``before`` it.
-
-    Returns that state's gradient and the token's gradients of step A, of
-    step u (Euler) and, per channel, of B.
-    """
-    dh = _add(carry, _scale(_conj(C, COMPLEX), dread, COMPLEX), COMPLEX)
-    carry = _mul(dh, _conj(decay, COMPLEX), COMPLEX)
-    # a product: the next state less B_bar u would cancel
-    drate = _mul(carry, _conj(before, COMPLEX), COMPLEX)
-    if ZOH:
-        drive = _scale(B, step * u, COMPLEX)
-        gain, slope = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
-        weight = _conj(_mul(slope, drive, COMPLEX), COMPLEX)
-        drate = _add(drate, _mul(dh, weight, COMPLEX), COMPLEX)
-        dh = _mul(dh, _conj(gain, COMPLEX), COMPLEX)
-    dx = _dot_states(dh, _conj(B, COMPLEX), COMPLEX)
-    dB = _scale(dh, step * u, COMPLEX)
-    return carry, drate, dx, dB
-
-
-@triton.jit
 def _collect(
     total, at, x, mask, CONSTANT: tl.constexpr, COMPLEX: tl.constexpr
 ):  # fmt: skip
@@ -151,12 +126,24 @@ def _back_group(
         step, slope, u_1 = steps[j]
         decay = _decay(step, A, COMPLEX)
         dread = 2.0 * dy if COMPLEX else dy
-        carry, drate, dx, dB_j = _adjoint(
-            carry, states[j], decay, step, u, dread, A, B_j, C_j,
-            ZOH, COMPLEX,
-        )  # fmt: skip
-        dA = _add(dA, _scale(drate, step, COMPLEX), COMPLEX)
+        # the gradient of the state after the token
+        dh = _scale(_conj(C_j, COMPLEX), dread, COMPLEX)
+        dh = _add(carry, dh, COMPLEX)
+        dx, dinput = dh, _scale(B_j, step * u, COMPLEX)
+        if ZOH:
+            gain, bend = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
+            dx = _mul(dh, _conj(gain, COMPLEX), COMPLEX)
+            bend = _conj(_mul(bend, dinput, COMPLEX), COMPLEX)
+            bend = _mul(dh, bend, COMPLEX)
+        dB_j = _scale(dx, step * u, COMPLEX)
         dB = _collect(dB, dB_m, dB_j, mask_n, CONSTANT_B, COMPLEX)
+        dx = _dot_states(dx, _conj(B_j, COMPLEX), COMPLEX)
+        carry = _mul(dh, _conj(decay, COMPLEX), COMPLEX)
+        # of step A; a product: the next state less its input would cancel
+        drate = _mul(carry, _conj(states[j], COMPLEX), COMPLEX)
+        if ZOH:
+            drate = _add(drate, bend, COMPLEX)
+        dA = _add(dA, _scale(drate, step, COMPLEX), COMPLEX)
         # from here on each lane has a channel of its own
         dy_1 = _load(dy_c, mask_c, False)
         tl.store(du_c, dx * step + D * dy_1, mask=mask_c)

@@ -23,7 +23,7 @@ from mmstabvim.ops.selective_scan.kernels_backward import (
     _scan_bwd_kernel,
 )
 
-CHUNK = 8
+CHUNK = 6
 """Tokens between two stored states.
 
 With N states, a stored state costs 8 N / CHUNK bytes of traffic per token and
@@ -32,7 +32,7 @@ pass's exponentials. At N = 16 a chunk of 4 would save the backward kernel 9 %
 of its instructions for twice those 16 bytes, more than all its inputs.
 """
 
-GROUP = 4
+GROUP = 3
 """Tokens whose states the backward kernel holds in registers."""
 
 MAX_STATE = 64

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from _gpu import timing
-from _gpu.records import Table
+from _gpu.records import Table, show
 from _gpu.stage import KERNELS, Failures, SkippedError, Stage
 from _gpu.timing import Budget, Timing
 from mmstabvim import VisionMamba
@@ -169,7 +169,7 @@ def _add_row(
         **row,
         rate=rate,
         ms=time.median,
-        spread=f'{time.low:.4g} to {time.high:.4g}',
+        spread=f'{show(time.low)} to {show(time.high)}',
         memory=memory,
         ratio=rate / other if other and 'Vim' in candidate.name else None,
     )

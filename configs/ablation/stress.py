@@ -1,0 +1,33 @@
+# `python tools/ablation.py run configs/ablation/stress.py --jobs 2`: long
+# sequences (257 tokens from patches of 2 pixels), bfloat16, no clipping of
+# gradients, and a ladder of learning rates, to make training diverge.
+title = 'Where training diverges'
+metric = 'accuracy/top1'
+baseline = dict(stabilizers='none')
+seeds = [0, 1]
+precisions = ['bf16']
+lrs = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+cfg_options = {
+    'model.backbone.patch_size': 2,
+    'optim_wrapper.clip_grad': None,
+    'train_cfg.max_epochs': 2,
+    'train_cfg.val_interval': 2,
+    # constant after half an epoch of warm-up
+    'param_scheduler.0.end': 0.5,
+    'param_scheduler.1.begin': 1000,
+    'default_hooks.checkpoint.interval': 100,
+    'default_hooks.stability.interval': 5,
+    # only what is not finite counts as divergence
+    'default_hooks.divergence.spike_factor': None,
+}
+
+groups = [
+    dict(
+        configs=f'digits/vim-nano-p4_1xb64-20e-{_matrix}-{{stabilizers}}'
+        '_digits.py',
+        labels=dict(
+            matrix=_matrix, stabilizers=['none', 'sn', 'ec', 'sp', 'all']
+        ),
+    )
+    for _matrix in ('signed', 'full')
+]
