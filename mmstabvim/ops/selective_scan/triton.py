@@ -26,14 +26,18 @@ from mmstabvim.ops.selective_scan.kernels_backward import (
 CHUNK = 6
 """Tokens between two stored states.
 
-With N states, a stored state costs 8 N / CHUNK bytes of traffic per token and
-channel, and recomputing from it (CHUNK - GROUP) / (2 CHUNK) of the forward
-pass's exponentials. At N = 16 a chunk of 4 would save the backward kernel 9 %
-of its instructions for twice those 16 bytes, more than all its inputs.
+With N states, they cost 4 N / CHUNK bytes per token and channel, written once
+and read once, and what lies between is recomputed: (CHUNK - GROUP) / (2 CHUNK)
+of the forward pass, besides each token once. At N = 16 that is 11 bytes and a
+tenth of the backward kernel's instructions. It is bound by instructions, not
+by traffic; the same states in a scratch of every token took 128 bytes.
 """
 
 GROUP = 3
-"""Tokens whose states the backward kernel holds in registers."""
+"""Tokens in flight; the backward kernel holds their states in registers.
+
+Four spill at N = 16 on the A100.
+"""
 
 MAX_STATE = 64
 """States per channel that a tile can hold."""
@@ -59,9 +63,7 @@ MAX_DIRECTIONS = 31
 CONSTANT_DIMS = 3
 """Axes of a constant B or C: (directions, dim, state)."""
 
-FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=128)
-"""Left to itself, the assembler takes 170 registers to hoist loads."""
-ENDS_OPTIONS: dict[str, Any] = dict(num_warps=1)
+FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1)
 BACKWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=255)
 """Left to itself, the assembler spills here to fit one more warp."""
 
@@ -245,7 +247,7 @@ class _Call:
             return
         ends = self.empty_state((*self.sums, self.state))
         more = dict(ends_ptr=_as_real(ends), sums_ptr=self.empty(self.sums))
-        self.launch(kernel, ENDS_OPTIONS, self.forward_tile, **more)
+        self.launch(kernel, FORWARD_OPTIONS, self.forward_tile, **more)
         self.arguments |= more
 
     def launch(
