@@ -97,6 +97,7 @@ def test_tensors_on_a_gpu_take_the_kernels(dtype):
         assert causal_conv1d(x, weight[0]).shape == (2, 5, 6)
         normed, stream = add_rms_norm(x, None, weight[0, :, 0])
         assert (normed.dtype, stream.dtype) == (dtype, torch.float32)
+        assert normed.shape == stream.shape == x.shape
         assert rms_norm(x, weight[0, :, 0]).dtype == dtype
 
 

@@ -174,7 +174,8 @@ def test_gradient_flow():
 @pytest.mark.parametrize('reverse', [False, True])
 def test_gradient_flow_is_that_of_the_first_token(reverse):
     delta, values = inputs()
-    delta[:, 0], delta[:, -1] = 20, 5  # only one of them counts
+    delta[:, 0], delta[:, -1] = 30, 15  # only one of them counts
+    values = torch.linspace(-2, 2, 12).double().reshape(3, 4)
     gains = token_log_gains(delta, values, reverse)
     first = gains[:, -1 if reverse else 0]
     flow = gradient_flow(delta, values, reverse)

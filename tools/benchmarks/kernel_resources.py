@@ -95,7 +95,7 @@ def compile_kernel(
         ZOH=b_disc == 'zoh',
         COMPLEX=kind == 'complex',
         CHUNK=backend.CHUNK,
-        GROUP=backend.GROUP,
+        GROUP=_group(name, b_disc),
         **({} if 'ends' in name else one_span),
         **(backward_tile if name == 'backward' else forward_tile)._asdict(),
     )
@@ -133,6 +133,12 @@ def compile_kernel(
     )
 
 
+def _group(name: str, b_disc: str) -> int:
+    if name == 'backward':
+        return backend.GROUP
+    return backend.forward_group(b_disc)
+
+
 def _tiles(kind: str) -> tuple[Any, Any]:
     return backend.tiles(STATE, CHANNELS, kind == 'complex')
 
@@ -148,7 +154,11 @@ def measure(name: str, kind: str, b_disc: str, arch: int) -> Resources:
         int(used['REG']),
         int(used['STACK']),
         int(used['SHARED']),
-        round(_per_token(name, _cuobjdump(cubin, '-sass')) / per_token, 1),
+        round(
+            _per_token(name, _cuobjdump(cubin, '-sass'), _group(name, b_disc))
+            / per_token,
+            1,
+        ),
     )
 
 
@@ -165,7 +175,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         ).stdout
 
 
-def _per_token(name: str, sass: str) -> float:
+def _per_token(name: str, sass: str, group: int) -> float:
     """Instructions for one token in the longest loop, nested ones included.
 
     The forward kernel's loop walks a chunk in groups, unless unrolled; the
@@ -177,8 +187,8 @@ def _per_token(name: str, sass: str) -> float:
         raise RuntimeError(f'no loop in the {name} kernel')
     *others, (start, stop) = found
     nested = sum(b - a for a, b in others if start < a and b <= stop)
-    groups = backend.CHUNK // backend.GROUP
-    tokens = backend.CHUNK if name == 'forward' else backend.GROUP
+    groups = backend.CHUNK // group
+    tokens = backend.CHUNK if name == 'forward' else group
     trips = groups if name == 'forward' else (groups - 1) / 2
     if name == 'backward' and not nested:
         raise RuntimeError('the recomputing loop is not where it was')

@@ -63,7 +63,7 @@ MAX_DIRECTIONS = 31
 CONSTANT_DIMS = 3
 """Axes of a constant B or C: (directions, dim, state)."""
 
-FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1)
+FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=160)
 BACKWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=255)
 """Left to itself, the assembler spills here to fit one more warp."""
 
@@ -108,6 +108,7 @@ def forward(
         _scan_fwd_kernel,
         FORWARD_OPTIONS,
         call.forward_tile,
+        GROUP=forward_group(inputs.b_disc),
         y_ptr=y,
         last_ptr=_as_real(last),
         borders_ptr=_as_real(borders) if keep_states else None,
@@ -247,7 +248,9 @@ class _Call:
             return
         ends = self.empty_state((*self.sums, self.state))
         more = dict(ends_ptr=_as_real(ends), sums_ptr=self.empty(self.sums))
-        self.launch(kernel, FORWARD_OPTIONS, self.forward_tile, **more)
+        group = forward_group('zoh' if self.arguments['ZOH'] else 'euler')
+        options, tile = FORWARD_OPTIONS, self.forward_tile
+        self.launch(kernel, options, tile, GROUP=group, **more)
         self.arguments |= more
 
     def launch(
@@ -280,6 +283,11 @@ def tiles(state: int, channels: int, complex_a: bool) -> tuple[Tile, Tile]:
 
     spare = min(block_n, 32 // block_d)
     return tile(spare), tile(max(spare, min(block_n, 4)))
+
+
+def forward_group(b_disc: str) -> int:
+    """Tokens in flight in the forward kernels; ``'zoh'`` has no room."""
+    return 1 if b_disc == 'zoh' else GROUP
 
 
 def span_length(programs: int, length: int) -> int:
