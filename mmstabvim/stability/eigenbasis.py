@@ -1,5 +1,6 @@
 """Dense state matrices: their eigenbasis, and the scan that needs none."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,8 @@ from mmstabvim.stability.inputs import (
 
 EXACT, PERTURBED, FAILED = 0, 1, 2
 
-# the first only separates equal eigenvalues, the others cure a bad condition
-_SEPARATING = 1e-7
 _PERTURBATIONS = (1e-3, 1e-2, 1e-1)
-_MIN_GAP = 1e-10
+"""Of a matrix with an ill-conditioned eigenbasis, relative to its norm."""
 
 
 class Eigenbasis(NamedTuple):
@@ -41,7 +40,11 @@ class Eigenbasis(NamedTuple):
         return self.kind != FAILED
 
 
-def decompose(A: Tensor, kappa_max: float = 1e3) -> Eigenbasis:
+def decompose(
+    A: Tensor,
+    kappa_max: float = 1e3,
+    precision: torch.dtype = torch.float64,
+) -> Eigenbasis:
     """Diagonalize matrices, perturbing those that cannot be.
 
     A scan in complex64 loses ``2e-7 kappa`` and the gradient about
@@ -50,8 +53,12 @@ def decompose(A: Tensor, kappa_max: float = 1e3) -> Eigenbasis:
     A matrix with ``kappa > kappa_max`` is therefore replaced by ``A + E``
     with a fixed Gaussian E, ``||E|| = 1e-3 ||A||``, 1e-2 or 1e-1, the first
     that helps. One with (nearly) equal eigenvalues but good eigenvectors has
-    no finite gradient of these; 1e-7 is tried for it first. A matrix that
-    nothing helps is marked ``FAILED``; its eigenvalues are those of A, its
+    no usable gradient of these: the rounding of the scan is divided by the
+    gap (measured: all of the gradient is lost at a gap of 1e-6 in float32).
+    With the rounding unit u of ``precision``, a gap below ``sqrt(u) / 10`` is
+    opened by a perturbation of ``sqrt(u)``, and the matrix shifted so that
+    its spectral abscissa stays at most that of A. A matrix that nothing
+    helps is marked ``FAILED``; its eigenvalues are those of A, its
     vectors the identity, both without gradient, and not to be used in a scan.
 
     All matrices are decomposed in one call on the CPU. Gradients flow by
@@ -61,6 +68,8 @@ def decompose(A: Tensor, kappa_max: float = 1e3) -> Eigenbasis:
     Args:
         A (Tensor): (..., N, N), real, 1/step.
         kappa_max (float): Largest condition number, >= 1. Defaults to 1e3.
+        precision (torch.dtype): Real dtype of the scan that will use the
+            basis. Defaults to float64.
 
     Returns:
         Eigenbasis: On the device of ``A``.
@@ -78,15 +87,19 @@ def decompose(A: Tensor, kappa_max: float = 1e3) -> Eigenbasis:
     matrix = dense('A', A)
     size = matrix.shape[-1]
     flat = matrix.reshape(-1, size, size)
+    separation = math.sqrt(torch.finfo(precision).eps)
     values, vectors = torch.linalg.eig(flat)
     with torch.no_grad():
         condition, gap = condition_number(vectors), eigenvalue_gap(values)
         norm = _size(flat)
         relative, failed = torch.zeros_like(norm), torch.zeros_like(norm) > 0
-        ill = ~((condition <= kappa_max) & (gap >= _MIN_GAP * norm))
+        ill = ~((condition <= kappa_max) & (gap >= separation / 10 * norm))
         if ill.any():
             relative[ill], failed[ill] = _perturb(
-                flat[ill], condition[ill] <= kappa_max, kappa_max
+                flat[ill],
+                condition[ill] <= kappa_max,
+                kappa_max,
+                separation,
             )
     if ill.any():
         moved = flat + (relative * norm)[:, None, None] * perturbation(
@@ -97,7 +110,9 @@ def decompose(A: Tensor, kappa_max: float = 1e3) -> Eigenbasis:
         moved = torch.where(failed[:, None, None], benign, moved)
         own = values.detach()
         values, vectors = torch.linalg.eig(moved)
-        values = torch.where(failed[:, None], own, values)
+        excess = (values.real.amax(-1) - own.real.amax(-1)).detach()
+        shift = torch.where(relative == separation, excess.clamp(min=0), 0.0)
+        values = torch.where(failed[:, None], own, values - shift[:, None])
         condition = torch.where(
             failed, condition, condition_number(vectors.detach())
         )
@@ -136,7 +151,7 @@ def _size(A: Tensor) -> Tensor:
 
 
 def _perturb(
-    A: Tensor, separate: Tensor, kappa_max: float
+    A: Tensor, separate: Tensor, kappa_max: float, separation: float
 ) -> tuple[Tensor, Tensor]:
     """Relative size of the first perturbation that helps, and failures.
 
@@ -144,18 +159,19 @@ def _perturb(
         A (Tensor): (M, N, N), float64.
         separate (Tensor): (M,), bool: only the eigenvalues are too close.
         kappa_max (float): Largest condition number.
+        separation (float): Perturbation that is tried for these.
     """
     relative, todo = A.new_zeros(len(A)), torch.ones(len(A)) > 0
     norm = _size(A)
     noise = perturbation(A.shape[-1], A)
-    for step in (_SEPARATING, *_PERTURBATIONS):
-        index = (todo & separate if step == _SEPARATING else todo).nonzero()
+    for step in (separation, *_PERTURBATIONS):
+        index = (todo & separate if step == separation else todo).nonzero()
         index = index[:, 0]
         scale = norm[index]
         moved = A[index] + step * scale[:, None, None] * noise
         values, vectors = torch.linalg.eig(moved)
         good = condition_number(vectors) <= kappa_max
-        good &= eigenvalue_gap(values) >= _MIN_GAP * scale
+        good &= eigenvalue_gap(values) >= separation / 10 * scale
         relative[index[good]] = step
         todo[index[good]] = False
     return relative, todo

@@ -36,7 +36,7 @@ def train_lines(shift, last=30, diverges=False):
         for s in range(10, last + 1, 10)
     ]
     if diverges:
-        lines[-1]['loss'] = math.nan
+        lines[1]['loss'] = math.nan  # finite again afterwards
     for epoch in (1, 2):
         score = {'accuracy/top1': 10.0 * epoch, 'data_time': 0.1}
         lines.append({**score, 'step': epoch})
@@ -71,7 +71,7 @@ def folder(tmp_path_factory, write_cell, write_study):
                         place,
                         labels,
                         seed,
-                        None if diverged else score,
+                        score,  # of its last validation, diverged or not
                         'diverged' if diverged else 'done',
                         train=train_lines(seed, diverges=diverged),
                         stability=stability_lines() if seed == 0 else (),
@@ -249,14 +249,14 @@ def test_curves_are_mean_and_range(pictures):
         if row['facet'] == 'full' and row['series'] == 'sn'
     ]
     loss = [row for row in rows if row['quantity'].startswith('loss')]
-    # seeds 0, 1, 2 are shifted by as much; the last one ends at 20
+    # seeds 0, 1, 2 are shifted by as much; the last one ends at 10
     assert [(r['step'], r['n'], r['mean']) for r in loss] == [
         (10, 3, 2.0),
-        (20, 3, 3.0),
+        (20, 2, 2.5),
         (30, 2, 3.5),
     ]
-    assert [(r['low'], r['high']) for r in loss][1:] == [(2, 4), (3, 4)]
-    assert [r['ended'] for r in loss] == [0, 1, 0]
+    assert [(r['low'], r['high']) for r in loss][1:] == [(2, 3), (3, 4)]
+    assert [r['ended'] for r in loss] == [1, 0, 0]
     score = [row for row in rows if row['quantity'].endswith('by epoch')]
     assert [(r['step'], r['mean']) for r in score] == [(1, 10.0), (2, 20.0)]
     axes = picture.figure.axes
@@ -265,7 +265,7 @@ def test_curves_are_mean_and_range(pictures):
         'epoch'
     ] * 2
     line = axes[1].get_lines()[2]  # none and its marks, then sn
-    assert list(line.get_ydata()) == [2.0, 3.0, 3.5]
+    assert list(line.get_ydata()) == [2.0, 2.5, 3.5]
 
 
 def test_stability_takes_the_worst_layer(pictures):

@@ -129,8 +129,16 @@ def test_other_configs_replace_results(start, study):
     assert (study / run.REPLACED / 'ok.fp32.seed0-2').is_dir()
 
 
+@pytest.fixture
+def ctrl_c():
+    """As at a terminal: jobs in the background of a script ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_and_go_on(number, start, study):
+def test_interrupt_and_go_on(number, start, study, ctrl_c):
     """Children end with their workers; the next call goes on."""
     place = study / results.CELLS / 'ok.fp32.seed0'
 

@@ -66,8 +66,10 @@ def test_hooks_see_the_norm():
     """It is called as a module, so that tools can watch it."""
     block, seen = make_block(), []
     block.norm.register_forward_hook(lambda m, args, out: seen.append(out))
-    _, stream = block(torch.randn(1, 3, 8))
+    with torch.autocast('cpu', torch.bfloat16):
+        _, stream = block(torch.randn(1, 3, 8))
     assert torch.equal(seen[0][1], stream)
+    assert seen[0][0].dtype == torch.float32  # on a CPU, as ever
 
 
 def test_norm_of_a_sum_with_gradients():

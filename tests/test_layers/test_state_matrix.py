@@ -330,9 +330,11 @@ def test_defective_matrix_is_perturbed():
     assert torch.isfinite(values).all()
     assert (values + 1).abs().max() <= 0.1
     assert 1 <= matrix.condition() <= 1e3
-    assert torch.allclose(
-        matrix.eigenvalues().real, torch.tensor(-1.0).double()
-    )
+    with torch.no_grad():
+        values = matrix.eigenvalues()
+    assert torch.allclose(values.real, torch.tensor(-1.0).double())
+    matrix.eigenvalues().real.sum().backward()
+    assert torch.isfinite(matrix.blocks.grad).all()
 
 
 def test_perturbation_is_the_same_every_time():

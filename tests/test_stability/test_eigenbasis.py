@@ -1,5 +1,7 @@
 """Eigenbases of dense matrices, exact and perturbed."""
 
+import math
+
 import pytest
 import torch
 from stability_oracles import (
@@ -18,6 +20,7 @@ from mmstabvim.stability import (
     clamp_matrix,
     decompose,
     eigenbasis,
+    matrix_exponential_scan,
     numerical_abscissa,
 )
 from mmstabvim.stability.eigenbasis import EXACT, FAILED, PERTURBED
@@ -149,6 +152,7 @@ def test_what_nothing_helps_is_marked():
     assert not A.grad[1].any()
 
 
+EPS = torch.finfo(torch.float64).eps
 EQUAL = {
     'zero': torch.zeros(4, 4).double(),
     'scalar': -torch.eye(4).double(),
@@ -160,7 +164,7 @@ EQUAL = {
 
 @pytest.mark.parametrize('A', EQUAL.values(), ids=EQUAL)
 def test_equal_eigenvalues_have_finite_gradients(A):
-    """Where the basis is good but not unique, a perturbation of 1e-7."""
+    """Where the basis is good but not unique, a small perturbation."""
     inputs = coupled_inputs()
     grads = []
     for in_basis in (True, False):
@@ -168,7 +172,10 @@ def test_equal_eigenvalues_have_finite_gradients(A):
         if in_basis:
             basis = decompose(leaf)
             assert basis.kind == PERTURBED
-            assert basis.perturbation == 1e-7
+            assert basis.perturbation == math.sqrt(EPS)
+            # shifted back: no less stable than it was
+            highest = torch.linalg.eigvals(A).real.max()
+            assert basis.eigenvalues.real.max() <= highest + 1e-15
             y = eigenbasis_scan(basis, *inputs)
         else:
             y, _ = scan(leaf, *inputs)
@@ -176,6 +183,42 @@ def test_equal_eigenvalues_have_finite_gradients(A):
         grads.append(leaf.grad)
     assert (grads[0] - grads[1]).abs().max() <= 1e-5
     assert (y - eigenbasis_scan(basis, *inputs)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize('gap', [0.0, 1e-6, 1e-5, 1e-4, 1e-3])
+def test_gradient_of_a_float32_scan_near_equal_eigenvalues(gap):
+    """The scan's rounding, divided by the gap, must not drown the gradient."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    basis = torch.linalg.qr(normal(4, 4).double())[0]
+    values = torch.tensor([-0.5, -0.5 - gap, -1.0, -2.0]).double()
+    A = (basis @ torch.diag(values) @ basis.T).float()
+    u, delta = normal(2, 30, 1), 0.3 * torch.rand(2, 30, 1)
+    B, C, weight = (normal(2, 30, n) for n in (4, 4, 1))
+    grads = []
+    for in_basis in (True, False):
+        leaf = A.clone().requires_grad_()
+        if in_basis:
+            found = decompose(leaf, precision=torch.float32)
+            X = found.vectors.to(torch.complex64)
+            h, rows = torch.zeros(2, 4, dtype=torch.complex64), []
+            rate = found.eigenvalues.to(torch.complex64)
+            drive = torch.linalg.solve(X, (B + 0j)[..., None])[..., 0]
+            for t in range(30):
+                h = torch.exp(delta[:, t] * rate) * h
+                h = h + delta[:, t] * u[:, t] * drive[:, t]
+                rows.append((h * ((C[:, t] + 0j) @ X)).sum(-1).real)
+            y = torch.stack(rows, 1)[..., None]
+        else:
+            wide = (x.double() for x in (u, delta, leaf[None], B, C))
+            y, _ = matrix_exponential_scan(*wide)
+        (y * weight).sum().backward()
+        grads.append(leaf.grad.double())
+    error = (grads[0] - grads[1]).abs().max() / grads[1].abs().max()
+    assert error <= 0.02
 
 
 @pytest.mark.parametrize('A', [*ILL.values(), hippo(4)], ids=str)

@@ -31,6 +31,10 @@ KERNELS = {
     'forward ends': kernels._scan_ends_kernel,
     'backward ends': kernels_backward._adjoint_ends_kernel,
 }
+OPTIONS = {
+    'forward': backend.FORWARD_OPTIONS,
+    'backward': backend.BACKWARD_OPTIONS,
+}
 STATE, CHANNELS = 16, 384
 STRIDES = dict(
     u_strides=3, delta_strides=3, dy_strides=3, B_strides=4, C_strides=4
@@ -125,11 +129,7 @@ def compile_kernel(
     return triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget('cuda', arch, 32),
-        options=(
-            backend.BACKWARD_OPTIONS
-            if name == 'backward'
-            else backend.FORWARD_OPTIONS
-        ),
+        options=OPTIONS.get(name, backend.ENDS_OPTIONS),
     )
 
 

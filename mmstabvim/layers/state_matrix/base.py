@@ -113,8 +113,14 @@ class StateMatrix(nn.Module):
         if layer:
             abscissa = abscissa.amax().expand_as(abscissa)
         limit = float(rule.rho_max)
-        shift = discrete_shift(abscissa, limit, rule.delta_ref)
+        shift = discrete_shift(
+            abscissa, limit, rule.delta_ref, scale=self.magnitude_of(params)
+        )
         return self.shifted(params, shift)
+
+    def magnitude_of(self, params: Params) -> Tensor | None:
+        """What the rounding of an eigenvalue is relative to, (rows,)."""
+        return None
 
     def radius_of(self, params: Params, radius: str) -> Tensor:
         """Spectral radius (rows,), 1/step; a bound where one is asked for."""

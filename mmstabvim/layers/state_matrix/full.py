@@ -201,8 +201,16 @@ class FullStateMatrix(StateMatrix):
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Complex, (groups, d_state), float64 inside."""
         dense = self.dense_of(params)
-        values = torch.linalg.eigvals(dense.double().cpu())
+        wide = dense.double().cpu()
+        values = torch.linalg.eigvals(wide)
+        if torch.is_grad_enabled() and wide.requires_grad:
+            # eigenvalues that coincide have no gradient of their own
+            values = decompose(wide, kappa_max=1e12).eigenvalues
         return values.to(dense.device, dense.dtype.to_complex())
+
+    def magnitude_of(self, params: Params) -> Tensor:
+        """Of the whole matrix, (groups,), 1/step."""
+        return torch.linalg.matrix_norm(self.dense_of(params).detach())
 
     def radius_of(self, params: Params, radius: str) -> Tensor:
         """Exact, or Gelfand's bound, (groups,), 1/step."""
@@ -317,7 +325,7 @@ def _decompose(matrices: Sequence[FullStateMatrix], kappa_max: float) -> None:
         torch.cat([k.dense for k in known if k]), together
     ):
         return
-    basis = decompose(together.double().cpu(), kappa_max)
+    basis = decompose(together.double().cpu(), kappa_max, together.dtype)
     parts = zip(
         *(x.split([len(d) for d in dense]) for x in basis), strict=True
     )

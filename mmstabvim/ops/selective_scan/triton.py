@@ -64,6 +64,7 @@ CONSTANT_DIMS = 3
 """Axes of a constant B or C: (directions, dim, state)."""
 
 FORWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=160)
+ENDS_OPTIONS: dict[str, Any] = dict(num_warps=1)
 BACKWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=255)
 """Left to itself, the assembler spills here to fit one more warp."""
 
@@ -249,8 +250,9 @@ class _Call:
         ends = self.empty_state((*self.sums, self.state))
         more = dict(ends_ptr=_as_real(ends), sums_ptr=self.empty(self.sums))
         group = forward_group('zoh' if self.arguments['ZOH'] else 'euler')
-        options, tile = FORWARD_OPTIONS, self.forward_tile
-        self.launch(kernel, options, tile, GROUP=group, **more)
+        self.launch(
+            kernel, ENDS_OPTIONS, self.forward_tile, GROUP=group, **more
+        )
         self.arguments |= more
 
     def launch(
