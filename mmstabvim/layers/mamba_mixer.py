@@ -1,7 +1,7 @@
 """The bidirectional mixer of Vision Mamba."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -56,5 +56,6 @@ class MambaMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens (batch, length, d_model)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        outputs = run_directions(self.directions, x)
+        directions = cast(list[SelectiveSSM], list(self.directions))
+        outputs = run_directions(directions, x)
         return self.out_proj(gated_merge(outputs, z))

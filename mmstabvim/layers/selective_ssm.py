@@ -1,8 +1,8 @@
 """One direction of the mixer: convolution, projections, selective scan."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,24 +91,23 @@ class SelectiveSSM(nn.Module):
         return f'reverse={self.reverse}'
 
 
-def run_directions(directions: Iterable[SelectiveSSM], x: Tensor) -> Tensor:
+def run_directions(directions: Sequence[SelectiveSSM], x: Tensor) -> Tensor:
     """Run several selective SSMs of one shape over the same tokens.
 
     Each operation takes all directions at once.
 
     Args:
-        directions (Iterable[SelectiveSSM]): At least one; sizes, ``b_disc``
+        directions (Sequence[SelectiveSSM]): At least one; sizes, ``b_disc``
             and ``backend`` are those of the first.
         x (Tensor): (batch, length, d_inner).
 
     Returns:
         Tensor: (directions, batch, length, d_inner), the scans' outputs.
     """
-    directions = list(directions)
     u = causal_conv1d_directions(
         x,
         torch.stack([d.conv1d.weight.squeeze(1) for d in directions]),
-        torch.stack([d.conv1d.bias for d in directions]),
+        torch.stack([cast(Tensor, d.conv1d.bias) for d in directions]),
         [d.reverse for d in directions],
         activation='silu',
     )

@@ -35,6 +35,8 @@ class EigenvalueClampingHook(StabilizerHook):
         ValueError: If an argument is out of range.
     """
 
+    rule: EigenvalueClamping
+
     def __init__(
         self,
         domain: str = 'continuous',

@@ -50,6 +50,8 @@ class SpectralNormalizationHook(StabilizerHook):
         ValueError: If an argument is out of range.
     """
 
+    rule: SpectralNormalization
+
     def __init__(
         self,
         rho_max: float | str = 1.0,

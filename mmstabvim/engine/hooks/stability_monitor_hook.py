@@ -1,6 +1,7 @@
 """Watch the state matrices, step sizes and gradients during training."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ QUANTILES = (0.01, 0.5, 0.99)
 FILE_NAME = 'stability.jsonl'
 """In the folder of the run; one JSON object per record."""
 
-SUMMARY = {
+SUMMARY: dict[str, Callable[[list[float]], float]] = {
     'spectral_radius': max,
     'spectral_abscissa': max,
     'decay_max': max,

@@ -1,7 +1,7 @@
 """What the hooks that constrain state matrices have in common."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from mmengine.hooks import EMAHook, Hook
@@ -177,7 +177,7 @@ def find_matrices(runner: Runner, what: str) -> dict[str, StateMatrix]:
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The model inside a wrapper for distributed training."""
-    return model.module if is_model_wrapper(model) else model
+    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:
@@ -195,6 +195,15 @@ def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:
 def project(
     hooks: list[StabilizerHook], matrices: Mapping[str, StateMatrix]
 ) -> None:
+    """Apply the hooks' rules in place, in this order.
+
+    Args:
+        hooks (list[StabilizerHook]): What to apply.
+        matrices (Mapping[str, StateMatrix]): To which matrices, by name.
+
+    Raises:
+        ValueError: If a parameter of a matrix is not finite.
+    """
     check_finite(matrices)
     for hook in hooks:
         hook.apply_(matrices)

@@ -109,8 +109,7 @@ class FullStateMatrix(StateMatrix):
 
     def acts_on_eigenvalues(self, rule: Constraint) -> bool:
         """Clamping in the eigenbasis needs no parameters to match."""
-        clamps = isinstance(rule, EigenvalueClamping)
-        return clamps and rule.method in (None, 'eig')
+        return rule in self._clamping_rules()
 
     def _clamping_rules(self) -> list[EigenvalueClamping]:
         """What is applied to the eigenvalues in the forward pass."""
@@ -118,7 +117,7 @@ class FullStateMatrix(StateMatrix):
             rule
             for rule in self.reparametrizations
             if isinstance(rule, EigenvalueClamping)
-            and self.acts_on_eigenvalues(rule)
+            and rule.method in (None, 'eig')
         ]
 
     def eigenvalues(self) -> Tensor:

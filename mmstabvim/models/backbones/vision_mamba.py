@@ -23,7 +23,10 @@ from mmstabvim.layers.position_embedding import (
     resize_position_embedding,
     split_tokens,
 )
-from mmstabvim.layers.state_matrix import decompose_together
+from mmstabvim.layers.state_matrix import (
+    decompose_together,
+    state_matrices,
+)
 from mmstabvim.layers.vision_mamba_block import add_residual
 from mmstabvim.models.backbones.vision_mamba_init import INIT_RECIPES
 from mmstabvim.registry import MODELS
@@ -217,11 +220,7 @@ class VisionMamba(BaseModule):
             the form given by ``out_type``.
         """
         self._check_image(image)
-        decompose_together(
-            ssm.state_matrix
-            for block in self.layers
-            for ssm in block.mixer.directions
-        )
+        decompose_together(state_matrices(self.layers).values())
         hidden, grid = self._embed(image)
         residual, outputs = None, []
         for i, block in enumerate(self.layers):

@@ -129,11 +129,19 @@ def selective_scan(
     B = _canonical('B', B, u, A, channels_last)
     C = _canonical('C', C, u, A, channels_last)
     _check_groups(B, C, u.shape[-1])
-    given = (None if x is None else x[None] for x in (u, delta, A, B, C))
-    optional = (None if x is None else x[None] for x in (D, delta_bias))
-    out, last = BACKENDS[_resolve(backend, u.device)](
-        ScanInputs(*given, *optional, delta_softplus, (reverse,), b_disc)
+    inputs = ScanInputs(
+        u[None],
+        delta[None],
+        A[None],
+        B[None],
+        C[None],
+        None if D is None else D[None],
+        None if delta_bias is None else delta_bias[None],
+        delta_softplus,
+        (reverse,),
+        b_disc,
     )
+    out, last = BACKENDS[_resolve(backend, u.device)](inputs)
     out, last = out[0], last[0]
     if z is not None:
         out = out * F.silu(z.to(out.dtype))
@@ -189,11 +197,19 @@ def selective_scan_directions(
         ValueError: If shapes or devices do not fit, or a name is unknown.
     """
     _check_b_disc(b_disc)
-    tensors = (u, delta, A, B, C, D, delta_bias)
-    _check_directions(tensors, len(reverse))
     inputs = ScanInputs(
-        *tensors, delta_softplus, tuple(bool(x) for x in reverse), b_disc
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        delta_softplus,
+        tuple(map(bool, reverse)),
+        b_disc,
     )
+    _check_directions(inputs)
     y, _ = BACKENDS[_resolve(backend, u.device)](inputs)
     return y.to(u.dtype)
 
@@ -203,23 +219,23 @@ def _check_b_disc(b_disc: str) -> None:
         raise ValueError(f'b_disc must be one of {B_DISCS}, got {b_disc!r}')
 
 
-def _check_directions(
-    tensors: tuple[Tensor | None, ...], directions: int
-) -> None:
+def _check_directions(inputs: ScanInputs) -> None:
     """Every tensor with its directions first; the rest by the first one."""
-    named = dict(zip(ScanInputs._fields, tensors, strict=False))
-    for name, x in named.items():
-        if x is not None and (
-            x.dim() < 2 or len(x) != directions or not len(x)
-        ):
+    directions = len(inputs.reverse)
+    first: dict[str, Tensor | None] = {}
+    for name, x in zip(ScanInputs._fields, inputs.tensors, strict=False):
+        if x is None:
+            continue
+        if x.dim() < 2 or len(x) != directions or not directions:
             raise ValueError(
                 f'{name} must have the {directions} directions of reverse '
                 f'first (at least one), got {tuple(x.shape)}'
             )
-    first = {n: None if x is None else x[0] for n, x in named.items()}
+        first[name] = x[0]
     _check_tensors(first)
-    u, delta, A, B, C, D, delta_bias = first.values()
-    _check_shapes(u, delta, A, D, None, delta_bias)
+    u, A, B, C = (x[0] for x in (inputs.u, inputs.A, inputs.B, inputs.C))
+    optional = first.get('D'), None, first.get('delta_bias')
+    _check_shapes(u, inputs.delta[0], A, *optional)
     for name, matrix in (('B', B), ('C', C)):
         if matrix.dim() == 3:
             raise ValueError(

@@ -87,7 +87,7 @@ def _define(name: str, module: str) -> Any:
 
 def _inputs(args: Sequence[Any]) -> ScanInputs:
     *others, reverse, b_disc = args
-    return ScanInputs(*others, tuple(map(bool, reverse)), b_disc)
+    return ScanInputs._make((*others, tuple(map(bool, reverse)), b_disc))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

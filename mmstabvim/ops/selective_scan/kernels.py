@@ -451,9 +451,7 @@ def _scan_ends_kernel(
     NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """Each span's last state from a zero state, and the sum of its steps."""
-    place = _program(
-        batch, length, groups, channels, span, reverse, DL * DR
-    )
+    place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, _, _, _, count = place
     n, m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
@@ -515,9 +513,7 @@ def _scan_fwd_kernel(
     CHUNK: tl.constexpr, GROUP: tl.constexpr,
     NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
-    place = _program(
-        batch, length, groups, channels, span, reverse, DL * DR
-    )
+    place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, _, first, order, count = place
     n, m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
@@ -554,7 +550,9 @@ def _scan_fwd_kernel(
             tl.program_id(1), A, mask, mask_c, False, COMPLEX,
         )  # fmt: skip
     if borders_ptr is not None:
-        border = row * tl.cdiv(length, CHUNK) + tl.program_id(1) * span // CHUNK
+        border = (
+            row * tl.cdiv(length, CHUNK) + tl.program_id(1) * span // CHUNK
+        )
         border_at = borders_ptr + border * dim * STATE * WIDTH + state
     whole = count // CHUNK * CHUNK
     for i in range(0, whole, CHUNK):

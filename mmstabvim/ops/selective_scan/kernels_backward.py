@@ -197,9 +197,7 @@ def _adjoint_ends_kernel(
     NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the state before each span, from zero after it."""
-    place = _program(
-        batch, length, groups, channels, span, reverse, DL * DR
-    )
+    place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, _, _, _, count = place
     n, m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
@@ -265,9 +263,7 @@ def _scan_bwd_kernel(
     CHUNK: tl.constexpr, GROUP: tl.constexpr,
     NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
-    place = _program(
-        batch, length, groups, channels, span, reverse, DL * DR
-    )
+    place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, block, first, order, count = place
     n, m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1

@@ -10,14 +10,21 @@ from mmstabvim.ops.selective_scan.inputs import ScanInputs, state_dtype
 
 def scan_ref(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """:func:`selective_scan_ref` of each direction, stacked."""
-    results = []
-    for k, reverse in enumerate(inputs.reverse):
-        given = (None if x is None else x[k] for x in inputs.tensors)
-        results.append(
-            selective_scan_ref(
-                *given, inputs.delta_softplus, reverse, inputs.b_disc
-            )
+    results = [
+        selective_scan_ref(
+            inputs.u[k],
+            inputs.delta[k],
+            inputs.A[k],
+            inputs.B[k],
+            inputs.C[k],
+            None if inputs.D is None else inputs.D[k],
+            None if inputs.delta_bias is None else inputs.delta_bias[k],
+            inputs.delta_softplus,
+            reverse,
+            inputs.b_disc,
         )
+        for k, reverse in enumerate(inputs.reverse)
+    ]
     y, last = (torch.stack(x) for x in zip(*results, strict=True))
     return y, last
 
