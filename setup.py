@@ -97,6 +97,7 @@ setup(
         'scikit-learn>=1.4',
         'matplotlib>=3.8,<3.11',  # mmpretrain's browse_dataset
         'setuptools<82',  # mmengine 0.10 imports pkg_resources
+        'rich>=13',  # progress bars and tables
         'tensorboard>=2.14',
         'ftfy',  # mmseg imports it, and does not require it
         'regex',  # so does mmseg

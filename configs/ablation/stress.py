@@ -4,6 +4,8 @@
 title = 'Where training diverges'
 metric = 'accuracy/top1'
 baseline = dict(stabilizers='none')
+# a finite run below twice the rate of guessing has learnt nothing
+collapse_below = 20
 seeds = [0, 1]
 precisions = ['bf16']
 lrs = [3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]

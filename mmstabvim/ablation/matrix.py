@@ -386,8 +386,9 @@ def _check_optimizer(
 
 def _on_divergence(cfg: Config) -> str:
     """What a hook of the config does about a divergence."""
-    for hook in cfg.get('custom_hooks') or []:
-        if launch.type_name(hook) == 'DivergenceHook':
+    default = (cfg.get('default_hooks') or {}).values()
+    for hook in (*(cfg.get('custom_hooks') or []), *default):
+        if hook and launch.type_name(hook) == 'DivergenceHook':
             return hook.get('action', 'stop')
     return ''
 

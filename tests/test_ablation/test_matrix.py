@@ -89,6 +89,10 @@ def test_divergence_hook_is_noticed(write_matrix):
         expected = 'rollback' if 'rollback' in action else 'stop'
         (cell,) = load_matrix(path).cells
         assert cell.on_divergence == expected
+    text = "default_hooks = dict(guard=dict(type='mmstabvim.DivergenceHook'))"
+    config.write_text(f'{plain}{text}\n')
+    (cell,) = load_matrix(path).cells
+    assert cell.on_divergence == 'stop'
 
 
 @pytest.mark.parametrize(

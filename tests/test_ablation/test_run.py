@@ -96,7 +96,8 @@ def test_a_hook_decides_about_a_divergence(
     """A rollback that ends well is no divergence; nothing is cut short."""
     path = write_matrix(['back']).with_name('fake_back.py')
     hook = f"dict(type='mmstabvim.DivergenceHook', action={action!r})"
-    plain = path.read_text()
+    # slow enough that the NaN is seen while it runs
+    plain = path.read_text().replace('pause = 0.0', 'pause = 0.4')
     path.write_text(f'{plain}custom_hooks = [{hook}]\n')
     code, records = run_file(path.with_name('matrix.py'))
     (record,) = records.values()
