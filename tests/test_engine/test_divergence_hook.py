@@ -783,12 +783,10 @@ def test_rollback_beside_the_stabilizers(digits):
         dict(type='mmstabvim.SpectralNormalizationHook', rho_max=4.0),
         dict(type='mmstabvim.EigenvalueClampingHook'),
         dict(type='mmstabvim.StabilityLossHook'),
-        dict(
-            type='mmstabvim.DivergenceHook',
-            action='rollback',
-            checkpoint_interval=2,
-        ),
     ]
+    digits.default_hooks.divergence.update(
+        action='rollback', checkpoint_interval=2
+    )
     runner = Runner.from_cfg(digits)
     runner.model.backbone.layers[0].mixer.in_proj.register_forward_hook(
         write_nan(runner, {5})

@@ -23,6 +23,8 @@ from mmstabvim.ops.selective_scan import triton as backend  # noqa: E402
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
+needs_gpu = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+
 TOLERANCE = 3e-6
 """Of an array's largest magnitude, as for the cpu backend."""
 
@@ -51,7 +53,7 @@ def _fast_interpreter(monkeypatch):
 @pytest.fixture
 def short_spans(monkeypatch):
     """Split the length of small inputs too."""
-    monkeypatch.setattr(backend, 'SHORTEST_SPAN', 7)
+    monkeypatch.setattr(backend, 'SHORTEST_SPAN', 6)
 
 
 def make_inputs(
@@ -117,6 +119,12 @@ def weights(shape, dtype):
     return x.to(DEVICE, dtype)
 
 
+def direction(inputs, k):
+    """One direction alone."""
+    one = change(inputs, lambda x: x[k : k + 1])
+    return one._replace(reverse=inputs.reverse[k : k + 1])
+
+
 def run(inputs):
     """Both outputs and the gradient of every input, by name."""
     y, last, borders = backend.forward(inputs, True)
@@ -147,6 +155,12 @@ def run_exactly(inputs):
     return {'y': y.detach(), 'last': last.detach(), **grads}
 
 
+def rounding_error(dtype):
+    """Largest relative error of a rounding; interpreted, bfloat16 is cut."""
+    cut = dtype == torch.bfloat16 and DEVICE == 'cpu'
+    return torch.finfo(dtype).eps / (1 if cut else 2)
+
+
 def check(inputs):
     """All results, to a rounding of their dtype where that is half."""
     actual = run(inputs)
@@ -158,7 +172,7 @@ def check(inputs):
         bound = TOLERANCE * exact.abs().max()
         if x.dtype.itemsize == 2:
             info = torch.finfo(x.dtype)
-            rounding = info.eps / 2 * (exact.abs() + bound)
+            rounding = rounding_error(x.dtype) * (exact.abs() + bound)
             bound = bound + rounding.clamp(min=info.smallest_normal)
         excess = ((x - exact).abs() - bound).max()
         assert excess <= 0, f'{name}: {excess:.2e} beyond the bound'
@@ -258,7 +272,7 @@ def test_directions_do_not_meet(reverse):
     y, last, borders = backend.forward(inputs, True)
     dy, dlast = (weights(x.shape, x.dtype) for x in (y, last))
     for k in range(len(reverse)):
-        alone = inputs.direction(k)
+        alone = direction(inputs, k)
         y, last, borders = backend.forward(alone, True)
         grads = backend.backward(
             dy[k : k + 1], dlast[k : k + 1], borders, alone
@@ -284,13 +298,13 @@ def test_a_reversed_direction_is_a_flip():
 
 
 @pytest.mark.parametrize('complex_a', [False, True])
-@pytest.mark.parametrize('length', [14, 23])
-def test_split_over_the_length(length, complex_a, short_spans):
+@pytest.mark.parametrize(('length', 'spans'), [(14, 2), (25, 3)])
+def test_split_over_the_length(length, spans, complex_a, short_spans):
     """Spans of whole chunks and a rest, in both orders."""
     inputs = make_inputs(
         length=length, complex_a=complex_a, reverse=(False, True)
     )
-    assert backend._Call(inputs).grid[1] == length // 7
+    assert backend._Call(inputs).grid[1] == spans
     check(inputs)
 
 
@@ -350,9 +364,7 @@ def test_same_bits(complex_a, short_spans):
 @pytest.mark.parametrize('complex_a', [False, True])
 def test_half_precision_inputs(dtype, complex_a):
     """Float32 inside, and one rounding of y, du and ddelta."""
-    inputs = make_inputs(
-        2, 7, 5, groups=1, complex_a=complex_a, dtype=dtype
-    )
+    inputs = make_inputs(2, 7, 5, groups=1, complex_a=complex_a, dtype=dtype)
     assert backend.output_dtype(inputs) == dtype
     check(inputs)
 
@@ -548,12 +560,13 @@ def check_large(inputs):
     ):
         bound = 1e-5 * exact.abs().max()
         if x.dtype.itemsize == 2:
-            bound = bound + torch.finfo(x.dtype).eps / 2 * exact.abs()
+            bound = bound + rounding_error(x.dtype) * exact.abs()
         excess = ((x - exact).abs() - bound).max()
         assert excess <= 0, f'{name}: {excess:.2e} beyond the bound'
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize('batch', [1, 8])
 @pytest.mark.parametrize('length', [197, 1025, 4097])
@@ -566,6 +579,7 @@ def test_sizes_of_models(length, batch, dtype):
 
 
 @pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize('b_disc', ['euler', 'zoh'])
 def test_a_large_complex_scan(b_disc):
     inputs = make_inputs(
@@ -575,6 +589,7 @@ def test_a_large_complex_scan(b_disc):
 
 
 @pytest.mark.gpu
+@needs_gpu
 def test_more_elements_than_32_bits_count():
     """The last samples as if they were alone."""
     if torch.cuda.mem_get_info()[0] < 60e9:
@@ -597,7 +612,7 @@ def test_more_elements_than_32_bits_count():
         dy = torch.zeros_like(y)
         dy[:, -3:] = weights(y[:, -3:].shape, y.dtype)
         grads = backend.backward(dy, None, borders, inputs)
-        du, ddelta, dA, dB, dC = grads[:5]
+        du, ddelta, _, dB, dC = grads[:5]
         samples = (y, last, du, ddelta, dB, dC)
         results[key] = [x[:, -3:].clone() for x in samples]
     # one span or several: the programs are not as many
