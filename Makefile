@@ -7,7 +7,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+# two workers; `make test PYTEST_ARGS="-n 0 -x"` for one that stops at a failure
+PYTEST_ARGS ?= -n 2
 VENV_PYTHON := $(VENV)/bin/python
 # Steps this small gain little from threads, and on a shared machine threads
 # that spin while they wait make them many times slower.

@@ -14,9 +14,9 @@ cfg_options = {
     'optim_wrapper.clip_grad': None,
     'train_cfg.max_epochs': 2,
     'train_cfg.val_interval': 2,
-    # constant after half an epoch of warm-up
-    'param_scheduler.0.end': 0.5,
-    'param_scheduler.1.begin': 1000,
+    # one epoch up to the learning rate, one down from it
+    'param_scheduler.0.end': 1,
+    'param_scheduler.1.begin': 1,
     'default_hooks.checkpoint.interval': 100,
     'default_hooks.stability.interval': 5,
     # only what is not finite counts as divergence

@@ -175,7 +175,9 @@ def test_resources(table, tmp_path):
     Registers exactly, instructions to a tenth.
     """
     rows = json.loads(
-        python(SCRIPT, table, '--json', TRITON_CACHE_DIR=str(tmp_path))
+        python(
+            SCRIPT, '--table', table, '--json', TRITON_CACHE_DIR=str(tmp_path)
+        )
     )
     assert rows
     for *row, registers, stack, _, instructions in rows:
