@@ -95,7 +95,9 @@ def measure(args: argparse.Namespace, matrix: str) -> dict[str, list[float]]:
         'loss': penalize,
     }
     times: dict[str, list[float]] = {name: [] for name in parts}
-    for i in track(range(args.rounds + 1), matrix, transient=True):
+    progress = Console(stderr=True)  # the table may go into a file
+    rounds = range(args.rounds + 1)
+    for i in track(rounds, matrix, transient=True, console=progress):
         for name, part in parts.items():
             seconds = timed(part, args.device)
             if i:  # the first round warms up

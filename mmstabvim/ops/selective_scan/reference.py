@@ -108,10 +108,3 @@ def _at(matrix: Tensor, t: int, dim: int) -> Tensor:
     if groups == 1:
         return matrix[:, t]
     return matrix[:, t].repeat_interleave(dim // groups, dim=1)
-
-
-compute_dtype = state_dtype
-
-
-def num_groups(*matrices: Tensor) -> int:
-    return max((m.shape[2] for m in matrices if m.dim() == 4), default=1)
