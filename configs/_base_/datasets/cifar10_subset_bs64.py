@@ -1,5 +1,5 @@
-# CIFAR-10 as image files, `train/<class>/*.jpg` and `test/<class>/*.jpg`, 2,000
-# and 500 of each class; the first 1,000 of each class are trained on.
+# CIFAR-10 as image files, `train/<class>/*.jpg` and `test/<class>/*.jpg`,
+# 2,000 and 500 of each class; the first 1,000 of each class are trained on.
 dataset_type = 'CustomDataset'
 data_root = 'data/cifar10_subset'
 data_preprocessor = dict(
