@@ -1,7 +1,7 @@
 # `python tools/ablation.py run configs/ablation/digits.py --jobs 2`:
-# handwritten digits, eight combinations of stabilizers on three state matrices,
-# and on full matrices with the stabilizers in the forward pass as well, three
-# seeds.
+# handwritten digits, eight combinations of stabilizers on three state
+# matrices, and on full matrices with the stabilizers in the forward pass as
+# well, three seeds.
 title = 'Stabilizers on handwritten digits'
 metric = 'accuracy/top1'
 baseline = dict(stabilizers='none')
