@@ -40,22 +40,27 @@ STRIDES = dict(
     u_strides=3, delta_strides=3, dy_strides=3, B_strides=4, C_strides=4
 )
 HALF = {'u_ptr', 'delta_ptr', 'dy_ptr', 'y_ptr', 'du_ptr', 'ddelta_ptr'}
-TABLE = [
-    *((name, 'real', 'euler', arch) for name in KERNELS for arch in (80, 90)),
-    *((name, 'real', 'euler', 100) for name in ('forward', 'backward')),
+QUICK = [
+    *((name, 'real', 'euler', 90) for name in KERNELS),
+    *((name, 'real', 'euler', arch) for name in OPTIONS for arch in (80, 100)),
     *(
-        (name, 'complex', 'euler', arch)
-        for name in ('forward', 'backward')
-        for arch in (80, 90, 100)
+        (name, 'complex', 'euler', 90)
+        for name in KERNELS
+        if name != 'backward'
     ),
-    *((name, 'complex', 'euler', 90) for name in KERNELS if 'ends' in name),
-    *(
-        (name, kind, 'zoh', 90)
-        for name in ('forward', 'backward')
-        for kind in ('real', 'complex')
-    ),
+    ('forward', 'real', 'zoh', 90),
 ]
 """(kernel, A, b_disc, architecture)"""
+
+SLOW = [
+    *(('backward', 'complex', 'euler', arch) for arch in (80, 90, 100)),
+    *(('forward', 'complex', 'euler', arch) for arch in (80, 100)),
+    ('forward', 'complex', 'zoh', 90),
+    *(('backward', kind, 'zoh', 90) for kind in ('real', 'complex')),
+]
+"""The same, half a minute each at worst."""
+
+TABLES = dict(quick=QUICK, slow=SLOW)
 
 
 class Resources(NamedTuple):
@@ -72,22 +77,24 @@ def compile_kernel(
     kind: str = 'real',
     b_disc: str = 'euler',
     arch: int = 90,
+    split: bool = False,
     **specialized: Any,
 ) -> Any:
-    """Compile a kernel as it is launched for one span.
+    """Compile a kernel ahead of time.
 
     Args:
         name (str): One of ``KERNELS``.
         kind (str): ``'real'`` or ``'complex'``. Defaults to ``'real'``.
         b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
         arch (int): Ten times the compute capability. Defaults to 90.
+        split (bool): As launched for several spans. Defaults to False.
         **specialized: Arguments to compile in, by name.
 
     Returns:
         triton.compiler.CompiledKernel: Its ``asm`` has the ``'cubin'``.
     """
     kernel = KERNELS[name]
-    forward_tile, backward_tile = _tiles(kind)
+    forward_tile, backward_tile = _tiles(kind, b_disc)
     one_span = dict(ends_ptr=None, sums_ptr=None)
     constants = dict(
         groups=1,
@@ -100,7 +107,7 @@ def compile_kernel(
         COMPLEX=kind == 'complex',
         CHUNK=backend.CHUNK,
         GROUP=_group(name, b_disc),
-        **({} if 'ends' in name else one_span),
+        **({} if split or 'ends' in name else one_span),
         **(backward_tile if name == 'backward' else forward_tile)._asdict(),
     )
     constants = {
@@ -116,9 +123,7 @@ def compile_kernel(
             signature[argument] = 'constexpr'
         elif argument in STRIDES:
             signature[argument] = ('i32',) * STRIDES[argument]
-            attributes |= {
-                (i, j): aligned for j in range(STRIDES[argument])
-            }
+            attributes |= {(i, j): aligned for j in range(STRIDES[argument])}
         elif argument.endswith('_ptr'):
             signature[argument] = '*bf16' if argument in half else '*fp32'
             attributes[i,] = aligned
@@ -134,13 +139,11 @@ def compile_kernel(
 
 
 def _group(name: str, b_disc: str) -> int:
-    if name == 'backward':
-        return backend.GROUP
-    return backend.forward_group(b_disc)
+    return backend.groups(b_disc)[name == 'backward']
 
 
-def _tiles(kind: str) -> tuple[Any, Any]:
-    return backend.tiles(STATE, CHANNELS, kind == 'complex')
+def _tiles(kind: str, b_disc: str) -> tuple[Any, Any]:
+    return backend.tiles(STATE, CHANNELS, kind == 'complex', b_disc)
 
 
 def measure(name: str, kind: str, b_disc: str, arch: int) -> Resources:
@@ -148,7 +151,7 @@ def measure(name: str, kind: str, b_disc: str, arch: int) -> Resources:
     cubin = compile_kernel(name, kind, b_disc, arch).asm['cubin']
     usage = _cuobjdump(cubin, '-res-usage')
     used = dict(x.split(':', 1) for x in usage.split() if x.count(':') == 1)
-    tile = _tiles(kind)[0]
+    tile = _tiles(kind, b_disc)[0]
     per_token = STATE * tile.DL * tile.DR / 32
     return Resources(
         int(used['REG']),
@@ -209,6 +212,11 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
+        '--table',
+        choices=list(TABLES),
+        help='what to compile (default: all)',
+    )
+    parser.add_argument(
         '--json', action='store_true', help='JSON instead of Markdown'
     )
     return parser.parse_args()
@@ -217,9 +225,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Compile and print the table."""
     args = parse_args()
+    table = TABLES[args.table] if args.table else QUICK + SLOW
     rows = {
         row: measure(*row)
-        for row in track(TABLE, transient=True, disable=args.json)
+        for row in track(table, transient=True, disable=args.json)
     }
     if args.json:
         print(json.dumps([[*row, *used] for row, used in rows.items()]))

@@ -12,12 +12,21 @@ With COMPLEX a value is a pair of tiles, real and imaginary part, without it
 one tile; the helpers hide which.
 """
 
-# mypy: allow-untyped-defs
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from mmstabvim.ops.selective_scan.kernels_math import (
+    _add,
+    _conj,
+    _decay,
+    _dot_states,
+    _mul,
+    _phi1,
+    _scale,
+    _softplus,
+)
 
 UNSPECIALIZED = ('directions', 'span', 'reverse', 'zero')
 """Arguments that are not compiled into a kernel where they are 1.
@@ -32,15 +41,17 @@ in the backward kernel.
 def _load(ptr, mask, COMPLEX: tl.constexpr, AGAIN: tl.constexpr = False):
     """Float32 values; complex ones are pairs in memory.
 
-    With AGAIN the compiler does not reuse an earlier load's values.
+    With AGAIN the compiler does not reuse an earlier load's values: it takes
+    the default, spelled out, for another one.
     """
+    CACHE: tl.constexpr = '.ca' if AGAIN else ''
     if COMPLEX:
         re = _load(ptr, mask, False, AGAIN)
         return re, _load(ptr + 1, mask, False, AGAIN)
     elif mask is None:
-        return tl.load(ptr, volatile=AGAIN).to(tl.float32)
+        return tl.load(ptr, cache_modifier=CACHE).to(tl.float32)
     else:
-        x = tl.load(ptr, mask=mask, other=0.0, volatile=AGAIN)
+        x = tl.load(ptr, mask=mask, other=0.0, cache_modifier=CACHE)
         return x.to(tl.float32)
 
 
@@ -63,163 +74,6 @@ def _zeros(
         return zeros, zeros
     else:
         return zeros
-
-
-@triton.jit
-def _add(x, y, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return x[0] + y[0], x[1] + y[1]
-    else:
-        return x + y
-
-
-@triton.jit
-def _scale(x, real, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return x[0] * real, x[1] * real
-    else:
-        return x * real
-
-
-@triton.jit
-def _mul(x, y, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return x[0] * y[0] - x[1] * y[1], x[0] * y[1] + x[1] * y[0]
-    else:
-        return x * y
-
-
-@triton.jit
-def _conj(x, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return x[0], -x[1]
-    else:
-        return x
-
-
-@triton.jit
-def _sum_channels(x, COMPLEX: tl.constexpr):
-    """(NR, NL, 1, 1): sum over the block, first within a lane."""
-    if COMPLEX:
-        return _sum_channels(x[0], False), _sum_channels(x[1], False)
-    else:
-        x = tl.sum(x, axis=3, keep_dims=True)
-        return tl.sum(x, axis=2, keep_dims=True)
-
-
-@triton.jit
-def _dot_states(x, y, COMPLEX: tl.constexpr):
-    """(1, 1, DL, DR): real part of the sum of x y over the states."""
-    product = x[0] * y[0] - x[1] * y[1] if COMPLEX else x * y
-    product = tl.sum(product, axis=0, keep_dims=True)
-    return tl.sum(product, axis=1, keep_dims=True)
-
-
-@triton.jit
-def _cos_sin(x):
-    """Error 1e-7 plus what rounding x costs; libdevice's is four times slower.
-
-    The angle is reduced to the nearest quarter turn; pi / 2 is split in three
-    summands, the first two so short that their multiples are exact.
-    """
-    turns = tl.floor(x * 0.6366197723675814 + 0.5)
-    r = x - turns * 1.5703125
-    r = r - turns * 4.837512969970703e-4
-    r = r - turns * 7.549789948768648e-8
-    s = r * r
-    sin = 1 / 120 + s * (-1 / 5040 + s * (1 / 362880))
-    sin = r + r * s * (-1 / 6 + s * sin)
-    cos = 1 / 24 + s * (-1 / 720 + s * (1 / 40320))
-    cos = 1.0 + s * (-1 / 2 + s * cos)
-    quarter = turns - 4.0 * tl.floor(turns * 0.25)
-    odd = (quarter == 1.0) | (quarter == 3.0)
-    flip_cos = (quarter == 1.0) | (quarter == 2.0)
-    x, y = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
-    return tl.where(flip_cos, -x, x), tl.where(quarter >= 2.0, -y, y)
-
-
-@triton.jit
-def _decay(step, A, COMPLEX: tl.constexpr):
-    """``exp(step A)``; exp2 is one instruction, and step the smaller tile."""
-    if COMPLEX:
-        size = tl.exp2((step * LOG2E) * A[0])
-        cos, sin = _cos_sin(step * A[1])
-        return size * cos, size * sin
-    else:
-        return tl.exp2((step * LOG2E) * A)
-
-
-@triton.jit
-def _add_one(x, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        return x[0] + 1.0, x[1]
-    else:
-        return x + 1.0
-
-
-@triton.jit
-def _where(condition, x, y, COMPLEX: tl.constexpr):
-    if COMPLEX:
-        re = tl.where(condition, x[0], y[0])
-        return re, tl.where(condition, x[1], y[1])
-    else:
-        return tl.where(condition, x, y)
-
-
-@triton.jit
-def _phi1_series(x, COMPLEX: tl.constexpr):
-    """``(exp(x) - 1) / x`` and its derivative to 1e-8 for ``|x| < 1``."""
-    slope = _scale(x, 0.0, COMPLEX)
-    value = _add_one(slope, COMPLEX)
-    for k in tl.static_range(12, 1, -1):
-        slope = _add(value, _mul(x, slope, COMPLEX), COMPLEX)
-        slope = _scale(slope, 1 / k, COMPLEX)
-        value = _scale(_mul(x, value, COMPLEX), 1 / k, COMPLEX)
-        value = _add_one(value, COMPLEX)
-    return value, slope
-
-
-@triton.jit
-def _phi1(x, exp_x, COMPLEX: tl.constexpr):
-    """``(exp(x) - 1) / x`` and its derivative; quotients cancel near 0."""
-    size = x[0] * x[0] + x[1] * x[1] if COMPLEX else x * x
-    near = size < 1.0
-    zero = _scale(exp_x, 0.0, COMPLEX)
-    value, slope = _phi1_series(_where(near, x, zero, COMPLEX), COMPLEX)
-    if COMPLEX:
-        divisor = tl.where(near, 1.0, size)
-        inverse = x[0] / divisor, -x[1] / divisor
-        less_one = exp_x[0] - 1.0, exp_x[1]
-    else:
-        inverse = 1.0 / tl.where(near, 1.0, x)
-        less_one = exp_x - 1.0
-    far = _mul(less_one, inverse, COMPLEX)
-    rest = _add(exp_x, _scale(far, -1.0, COMPLEX), COMPLEX)
-    far_slope = _mul(rest, inverse, COMPLEX)
-    value = _where(near, value, far, COMPLEX)
-    return value, _where(near, slope, far_slope, COMPLEX)
-
-
-@triton.jit
-def _softplus(x):
-    """``log(1 + exp(x))`` and its slope, each to a few roundings.
-
-    With e = exp(-|x|), log(1 + e) = e P(e), P a Chebyshev fit to 3e-8: the
-    hardware's logarithm has an absolute error, and small steps are near its
-    zero. A product of inverse roots costs a third of a quotient.
-    """
-    e = tl.exp2(-LOG2E * tl.abs(x))
-    p = -0.02958851 + e * 0.00525346
-    p = 0.07836167 + e * p
-    p = -0.1367477 + e * p
-    p = 0.1911143 + e * p
-    p = -0.2484437 + e * p
-    p = 0.3331927 + e * p
-    p = -0.49999502 + e * p
-    p = 1.0 + e * p
-    root = tl.rsqrt(1.0 + e)
-    slope = tl.where(x < 0.0, e, 1.0) * (root * root)
-    return tl.maximum(x, 0.0) + e * p, slope
 
 
 @triton.jit
@@ -285,7 +139,7 @@ def _tile(
     NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     """States, and the group's channels, without and with the NL axis."""
-    _, _, group, block, _, _, _ = place
+    _, _, _, block, _, _, _ = place
     nr = tl.arange(0, NR)[:, None, None, None]
     nl = tl.arange(0, NL)[None, :, None, None]
     dl = tl.arange(0, DL)[None, None, :, None]
@@ -360,10 +214,10 @@ def _advance(
     u_d, delta_c = _at(u_at, i, u_step) + d, _at(delta_at, i, delta_step) + c
     B_n = _entry(B, i, B_step, n, CONSTANT_B)
     tokens = ()
-    for j in tl.static_range(GROUP):
+    for _j in tl.static_range(GROUP):
         B_j = _read(B_n, mask_n, CONSTANT_B, COMPLEX)
         u, delta = _load(u_d, mask_d, False), _load(delta_c, mask_c, False)
-        tokens = tokens + ((u, delta, B_j),)
+        tokens += ((u, delta, B_j),)
         u_d, delta_c = u_d + u_step, delta_c + delta_step
         B_n = _move(B_n, B_step, CONSTANT_B)
     total = tl.zeros_like(bias)
@@ -395,11 +249,11 @@ def _scan_group(
     B_n = _entry(B, i, B_step, n, CONSTANT_B)
     C_n = _entry(C, i, C_step, n, CONSTANT_C)
     tokens = ()
-    for j in tl.static_range(GROUP):
+    for _j in tl.static_range(GROUP):
         u, delta = _load(u_d, mask_d, False), _load(delta_c, mask_c, False)
         B_j = _read(B_n, mask_n, CONSTANT_B, COMPLEX)
         C_j = _read(C_n, mask_n, CONSTANT_C, COMPLEX)
-        tokens = tokens + ((u, delta, B_j, C_j),)
+        tokens += ((u, delta, B_j, C_j),)
         u_d, delta_c = u_d + u_step, delta_c + delta_step
         B_n = _move(B_n, B_step, CONSTANT_B)
         C_n = _move(C_n, C_step, CONSTANT_C)
@@ -453,12 +307,13 @@ def _scan_ends_kernel(
     """Each span's last state from a zero state, and the sum of its steps."""
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, _, _, _, count = place
-    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    n, _m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
     mask_n = None if STATE == NR * NL else n < STATE
     mask_d = None if WHOLE else d < channels
     mask_c = None if WHOLE else c < channels
     mask = (n < STATE) & (d < channels)
+    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
     c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
     weights = direction * dim
@@ -515,12 +370,13 @@ def _scan_fwd_kernel(
 ):  # fmt: skip
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, _, first, order, count = place
-    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    n, _m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
     mask_n = None if STATE == NR * NL else n < STATE
     mask_d = None if WHOLE else d < channels
     mask_c = None if WHOLE else c < channels
     mask = (n < STATE) & (d < channels)
+    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
     c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
     weights = direction * dim

@@ -1,18 +1,14 @@
 """Triton kernels of the scan's backward pass; see ``kernels.py``."""
 
-# mypy: allow-untyped-defs
+# mypy: ignore-errors
 
 import triton
 import triton.language as tl
 
 from mmstabvim.ops.selective_scan.kernels import (
     UNSPECIALIZED,
-    _add,
     _advance,
     _at,
-    _conj,
-    _decay,
-    _dot_states,
     _drive,
     _entry,
     _fold,
@@ -20,17 +16,23 @@ from mmstabvim.ops.selective_scan.kernels import (
     _load_optional,
     _matrix,
     _move,
-    _mul,
-    _phi1,
     _program,
     _read,
-    _scale,
     _step,
     _store,
-    _sum_channels,
     _tile,
     _token,
     _zeros,
+)
+from mmstabvim.ops.selective_scan.kernels_math import (
+    _add,
+    _conj,
+    _decay,
+    _dot_states,
+    _mul,
+    _phi1,
+    _scale,
+    _sum_channels,
 )
 
 
@@ -59,7 +61,7 @@ def _recompute(
     h = _load(border_at, mask, COMPLEX)
     A = _load(A_at, mask, COMPLEX)
     for k in range(i // CHUNK * CHUNK, i, GROUP):
-        h, some = _advance(
+        h, _some = _advance(
             h, k ^ zero, u_at, delta_at, B, u_step, delta_step, B_step,
             A, bias, c, c, m, mask_c, mask_c, mask_n,
             CONSTANT_B, SOFTPLUS, ZOH, COMPLEX, GROUP,
@@ -78,20 +80,16 @@ def _back_group(
     COMPLEX: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Walk GROUP tokens from the state h, then back over them."""
-    u_c, u_d = _at(u_at, i, u_step) + c, _at(u_at, i, u_step) + d
-    delta_c = _at(delta_at, i, delta_step) + c
-    dy_c, dy_d = _at(dy_at, i, dy_step) + c, _at(dy_at, i, dy_step) + d
-    du_c, ddelta_c = _at(du_at, i, du_step) + c, _at(ddelta_at, i, du_step) + c
-    dB_m, dC_m = _at(dB_at, i, dB_step) + m, _at(dC_at, i, dB_step) + m
+    u_c, delta_c = _at(u_at, i, u_step) + c, _at(delta_at, i, delta_step) + c
+    dy_d, dC_m = _at(dy_at, i, dy_step) + d, _at(dC_at, i, dB_step) + m
     B_m = _entry(B, i, B_step, m, CONSTANT_B)
-    C_m = _entry(C, i, C_step, m, CONSTANT_C)
     tokens = ()
-    for j in tl.static_range(GROUP):
+    for _j in tl.static_range(GROUP):
         B_j = _read(B_m, mask_n, CONSTANT_B, COMPLEX)
         u = _load(u_c, mask_c, False)
         delta = _load(delta_c, mask_c, False)
         dy = _load(dy_d, mask_d, False)
-        tokens = tokens + ((u, delta, dy, B_j),)
+        tokens += ((u, delta, dy, B_j),)
         B_m = _move(B_m, B_step, CONSTANT_B)
         u_c, delta_c, dy_d = u_c + u_step, delta_c + delta_step, dy_d + dy_step
     A = _load(A_at, mask, COMPLEX)
@@ -101,16 +99,19 @@ def _back_group(
         step, slope = _step(delta, bias, SOFTPLUS)
         decay = _decay(step, A, COMPLEX)
         drive = _drive(step, u, A, B_j, decay, ZOH, COMPLEX)
-        steps, states = steps + ((step, slope, u),), states + (h,)
+        steps += ((step, slope, u),)
+        states += (h,)
         h = _add(_mul(decay, h, COMPLEX), drive, COMPLEX)
         dread = 2.0 * dy if COMPLEX else dy  # with the conjugate modes
         dC_j = _scale(_conj(h, COMPLEX), dread, COMPLEX)
         dC = _collect(dC, dC_m, dC_j, mask_n, CONSTANT_C, COMPLEX)
         dC_m += dB_step
-        u_d, dy_c = u_d + u_step, dy_c + dy_step
-        du_c, ddelta_c = du_c + du_step, ddelta_c + du_step
-        dB_m += dB_step
-        C_m = _move(C_m, C_step, CONSTANT_C)
+    i += GROUP
+    u_d, dB_m = _at(u_at, i, u_step) + d, _at(dB_at, i, dB_step) + m
+    dy_c, dy_d = _at(dy_at, i, dy_step) + c, _at(dy_at, i, dy_step) + d
+    du_c, ddelta_c = _at(du_at, i, du_step) + c, _at(ddelta_at, i, du_step) + c
+    B_m = _entry(B, i, B_step, m, CONSTANT_B)
+    C_m = _entry(C, i, C_step, m, CONSTANT_C)
     # or the decays would wait in registers that are not there
     A = _load(A_at, mask, COMPLEX, AGAIN=True)
     for j in tl.static_range(GROUP - 1, -1, -1):
@@ -129,20 +130,18 @@ def _back_group(
         # the gradient of the state after the token
         dh = _scale(_conj(C_j, COMPLEX), dread, COMPLEX)
         dh = _add(carry, dh, COMPLEX)
-        dx, dinput = dh, _scale(B_j, step * u, COMPLEX)
-        if ZOH:
-            gain, bend = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
-            dx = _mul(dh, _conj(gain, COMPLEX), COMPLEX)
-            bend = _conj(_mul(bend, dinput, COMPLEX), COMPLEX)
-            bend = _mul(dh, bend, COMPLEX)
-        dB_j = _scale(dx, step * u, COMPLEX)
-        dB = _collect(dB, dB_m, dB_j, mask_n, CONSTANT_B, COMPLEX)
-        dx = _dot_states(dx, _conj(B_j, COMPLEX), COMPLEX)
         carry = _mul(dh, _conj(decay, COMPLEX), COMPLEX)
         # of step A; a product: the next state less its input would cancel
         drate = _mul(carry, _conj(states[j], COMPLEX), COMPLEX)
         if ZOH:
+            gain, bend = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
+            bend = _mul(bend, _scale(B_j, step * u, COMPLEX), COMPLEX)
+            bend = _mul(dh, _conj(bend, COMPLEX), COMPLEX)
             drate = _add(drate, bend, COMPLEX)
+            dh = _mul(dh, _conj(gain, COMPLEX), COMPLEX)
+        dB_j = _scale(dh, step * u, COMPLEX)
+        dB = _collect(dB, dB_m, dB_j, mask_n, CONSTANT_B, COMPLEX)
+        dx = _dot_states(dh, _conj(B_j, COMPLEX), COMPLEX)
         dA = _add(dA, _scale(drate, step, COMPLEX), COMPLEX)
         # from here on each lane has a channel of its own
         dy_1 = _load(dy_c, mask_c, False)
@@ -167,10 +166,10 @@ def _adjoint_group(
     dy_d = _at(dy_at, i, dy_step) + d
     C_n = _entry(C, i, C_step, n, CONSTANT_C)
     tokens = ()
-    for j in tl.static_range(GROUP):
+    for _j in tl.static_range(GROUP):
         delta, dy = _load(delta_c, mask_c, False), _load(dy_d, mask_d, False)
         C_j = _read(C_n, mask_n, CONSTANT_C, COMPLEX)
-        tokens = tokens + ((delta, dy, C_j),)
+        tokens += ((delta, dy, C_j),)
         delta_c, dy_d = delta_c + delta_step, dy_d + dy_step
         C_n = _move(C_n, C_step, CONSTANT_C)
     total = tl.zeros_like(bias)
@@ -199,12 +198,13 @@ def _adjoint_ends_kernel(
     """Gradient of the state before each span, from zero after it."""
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, _, _, _, count = place
-    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    n, _m, c, d = _tile(place, NR, NL, DL, DR)
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
     mask_n = None if STATE == NR * NL else n < STATE
     mask_d = None if WHOLE else d < channels
     mask_c = None if WHOLE else c < channels
     mask = (n < STATE) & (d < channels)
+    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
     c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
     weights = direction * dim
@@ -271,6 +271,7 @@ def _scan_bwd_kernel(
     mask_d = None if WHOLE else d < channels
     mask_c = None if WHOLE else c < channels
     mask = (n < STATE) & (d < channels)
+    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
     c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
     weights = direction * dim

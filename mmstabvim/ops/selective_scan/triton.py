@@ -109,7 +109,7 @@ def forward(
         _scan_fwd_kernel,
         FORWARD_OPTIONS,
         call.forward_tile,
-        GROUP=forward_group(inputs.b_disc),
+        GROUP=call.forward_group,
         y_ptr=y,
         last_ptr=_as_real(last),
         borders_ptr=_as_real(borders) if keep_states else None,
@@ -137,6 +137,7 @@ def backward(
         _scan_bwd_kernel,
         BACKWARD_OPTIONS,
         call.backward_tile,
+        GROUP=call.backward_group,
         dlast_ptr=None if dlast is None else _as_real(dlast.to(call.wide)),
         borders_ptr=_as_real(borders),
         du_ptr=du,
@@ -173,30 +174,31 @@ class _Call:
     def __init__(self, inputs: ScanInputs) -> None:
         _check(inputs)
         directions, batch, length, dim = inputs.u.shape
-        groups, self.state = inputs.groups, inputs.A.shape[2]
+        count, self.state = inputs.groups, inputs.A.shape[2]
         complex_a = inputs.A.is_complex()
         self.wide, self.device = inputs.wide, inputs.u.device
-        channels = dim // groups
+        channels, bias = dim // count, inputs.delta_bias
         self.forward_tile, self.backward_tile = tiles(
-            self.state, channels, complex_a
+            self.state, channels, complex_a, inputs.b_disc
         )
+        self.forward_group, self.backward_group = groups(inputs.b_disc)
         block_d = self.forward_tile.DL * self.forward_tile.DR
         blocks = triton.cdiv(channels, block_d)
-        programs = directions * batch * groups * blocks
+        programs = directions * batch * count * blocks
         span = span_length(programs, length)
         spans = triton.cdiv(length, span)
         self.grid = (programs, spans)
         self.sums = (spans, directions, batch, dim)
-        self.parts = (blocks, directions, batch, length, groups, self.state)
+        self.parts = (blocks, directions, batch, length, count, self.state)
         self.arguments: dict[str, Any] = dict(
-            D_ptr=_as_real(inputs.D),
-            bias_ptr=_as_real(inputs.delta_bias),
+            D_ptr=None if inputs.D is None else inputs.D.contiguous(),
+            bias_ptr=None if bias is None else bias.contiguous(),
             ends_ptr=None,
             sums_ptr=None,
             directions=directions,
             batch=batch,
             length=length,
-            groups=groups,
+            groups=count,
             channels=channels,
             span=span,
             reverse=sum(back << k for k, back in enumerate(inputs.reverse)),
@@ -207,7 +209,6 @@ class _Call:
             ZOH=inputs.b_disc == 'zoh',
             COMPLEX=complex_a,
             CHUNK=CHUNK,
-            GROUP=GROUP,
         )
         for name in ('u', 'delta'):
             rows = _rows(getattr(inputs, name))
@@ -215,7 +216,7 @@ class _Call:
             self.arguments[f'{name}_strides'] = rows.stride()[:3]
         self.arguments['A_ptr'] = _as_real(inputs.A.to(self.wide))
         for name in 'BC':
-            matrix = self._states(getattr(inputs, name), groups)
+            matrix = self._states(getattr(inputs, name), count)
             constant = matrix.dim() == CONSTANT_DIMS + complex_a
             strides = (0,) * 4 if constant else matrix.stride()[:4]
             self.arguments[f'{name}_ptr'] = matrix
@@ -249,9 +250,12 @@ class _Call:
             return
         ends = self.empty_state((*self.sums, self.state))
         more = dict(ends_ptr=_as_real(ends), sums_ptr=self.empty(self.sums))
-        group = forward_group('zoh' if self.arguments['ZOH'] else 'euler')
         self.launch(
-            kernel, ENDS_OPTIONS, self.forward_tile, GROUP=group, **more
+            kernel,
+            ENDS_OPTIONS,
+            self.forward_tile,
+            GROUP=self.forward_group,
+            **more,
         )
         self.arguments |= more
 
@@ -265,16 +269,18 @@ class _Call:
             kernel[self.grid](**arguments, **options)
 
 
-def tiles(state: int, channels: int, complex_a: bool) -> tuple[Tile, Tile]:
+def tiles(
+    state: int, channels: int, complex_a: bool, b_disc: str = 'euler'
+) -> tuple[Tile, Tile]:
     """Tiles of the forward and of the backward kernel: the same numbers.
 
     Forward, a lane owns channels: only sums over states are needed. Backward,
     sums over states and over channels are, and a lane holds some of both:
-    at 16 states 40 shuffles a token instead of 160. A complex tile has fewer
-    numbers: its formulas keep more of them alive.
+    at 16 states 40 shuffles a token instead of 160. Complex tiles, and
+    those of ``'zoh'``, have fewer numbers: their formulas keep more alive.
     """
     block_n = triton.next_power_of_2(state)
-    per_channel = 4 * block_n if complex_a else block_n
+    per_channel = block_n * (4 if complex_a else 2 if b_disc == 'zoh' else 1)
     block_d = min(
         32, TILE_NUMEL // per_channel, triton.next_power_of_2(channels)
     )
@@ -287,9 +293,9 @@ def tiles(state: int, channels: int, complex_a: bool) -> tuple[Tile, Tile]:
     return tile(spare), tile(max(spare, min(block_n, 4)))
 
 
-def forward_group(b_disc: str) -> int:
-    """Tokens in flight in the forward kernels; ``'zoh'`` has no room."""
-    return 1 if b_disc == 'zoh' else GROUP
+def groups(b_disc: str) -> tuple[int, int]:
+    """Tokens in flight forward, backward; ``'zoh'`` has room for fewer."""
+    return (1 if b_disc == 'zoh' else GROUP), GROUP
 
 
 def span_length(programs: int, length: int) -> int:
@@ -334,10 +340,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-def _as_real(x: Tensor | None) -> Tensor | None:
+def _as_real(x: Tensor) -> Tensor:
     """Contiguous memory, complex numbers as pairs."""
-    if x is None:
-        return None
     x = x.resolve_conj().contiguous()
     return torch.view_as_real(x) if x.is_complex() else x
 
