@@ -15,7 +15,9 @@ def make_block(**options):
     return block
 
 
-@pytest.mark.parametrize('residual', [None, torch.randn(2, 5, 8)], ids=str)
+@pytest.mark.parametrize(
+    'residual', [None, torch.randn(2, 5, 8)], ids=['first', 'later']
+)
 @pytest.mark.parametrize('autocast', [False, True])
 @torch.no_grad()
 def test_block_by_its_parts(residual, autocast):

@@ -399,7 +399,7 @@ def test_directions_keep_half_precision():
         (dict(delta=lambda x: x[:, 1:]), 'delta must have the shape of u'),
         (dict(b_disc='foh'), 'b_disc must be one of'),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_bad_directions(changes, message):
     inputs = make_inputs()

@@ -188,6 +188,20 @@ def test_resources(table, tmp_path):
             assert abs(instructions / about - 1) <= 0.1, row
 
 
+@pytest.mark.skipif(triton.__version__ != '3.6.0', reason='another compiler')
+def test_a_constant_matrix_spills_little(tmp_path):
+    """Its gradient stays in registers; the decays must not, as well."""
+    stack = python(
+        '-c',
+        'import kernel_resources as k;'
+        "row = ('backward', 'real', 'euler', 90);"
+        'print(k.measure(*row, CONSTANT_C=True).stack)',
+        PYTHONPATH=str(SCRIPT.parent),
+        TRITON_CACHE_DIR=str(tmp_path),
+    )
+    assert int(stack) <= 8
+
+
 def test_smallest_sizes_compile(tmp_path):
     """Triton compiles ones and absent tensors in, which changes types.
 

@@ -146,9 +146,12 @@ def _tiles(kind: str, b_disc: str) -> tuple[Any, Any]:
     return backend.tiles(STATE, CHANNELS, kind == 'complex', b_disc)
 
 
-def measure(name: str, kind: str, b_disc: str, arch: int) -> Resources:
+def measure(
+    name: str, kind: str, b_disc: str, arch: int, **specialized: Any
+) -> Resources:
     """Compile a kernel and read what the assembler made of it."""
-    cubin = compile_kernel(name, kind, b_disc, arch).asm['cubin']
+    built = compile_kernel(name, kind, b_disc, arch, **specialized)
+    cubin = built.asm['cubin']
     usage = _cuobjdump(cubin, '-res-usage')
     used = dict(x.split(':', 1) for x in usage.split() if x.count(':') == 1)
     tile = _tiles(kind, b_disc)[0]
