@@ -74,6 +74,8 @@ def _run_pytest(stage: Stage, results: Path) -> int | None:
     if workers:
         command += ['-n', str(workers)]
     environment = dict(os.environ, GPU_SUITE_RESULTS=str(results))
+    # of a pytest around this one; its workers set their own
+    environment.pop('PYTEST_XDIST_WORKER', None)
     if stage.quick:
         environment['GPU_SUITE_MAX_TESTS'] = '2'
     try:
