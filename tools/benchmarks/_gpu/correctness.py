@@ -65,8 +65,8 @@ def run(stage: Stage) -> None:
 def _run_pytest(stage: Stage, results: Path) -> int | None:
     """Exit code, or None if it was stopped."""
     files = _files()
-    if stage.quick:
-        files = files[:1]
+    if stage.quick:  # one whose tests are not skipped without a GPU
+        files = [f for f in files if '/test_triton_' in f][:1]
     command = [sys.executable, '-m', 'pytest', '-q', '--tb=short']
     command += ['-p', '_gpu.collect_results', '-p', 'no:cacheprovider']
     command += ['--continue-on-collection-errors']
