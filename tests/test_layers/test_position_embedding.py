@@ -99,6 +99,7 @@ def naive_rotation(x, rows, columns, base):
 
 @pytest.mark.parametrize('cls_token', ['middle', None])
 def test_rotary_turns_patches_by_row_and_column(cls_token):
+    torch.manual_seed(0)
     rows, columns, dim = 3, 4, 8
     rotary = RotaryEmbedding2d(dim, base_size=14)
     patches = torch.randn(1, rows * columns, dim)
@@ -108,7 +109,7 @@ def test_rotary_turns_patches_by_row_and_column(cls_token):
     kept, moved = split_tokens(turned, cls_token)
     assert torch.equal(kept, tokens)
     exact = naive_rotation(patches[0], rows, columns, 14)
-    torch.testing.assert_close(moved[0], exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moved[0], exact, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_wants_pairs_for_both_axes():
