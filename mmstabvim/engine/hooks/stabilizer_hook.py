@@ -18,7 +18,7 @@ from mmstabvim.layers.state_matrix import (
     check_finite,
     state_matrices,
 )
-from mmstabvim.layers.state_matrix.constraints import check_choice
+from mmstabvim.stability.inputs import check_choice
 
 MODES = ('project', 'reparam')
 

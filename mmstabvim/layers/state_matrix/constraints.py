@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from mmstabvim.stability.inputs import check_choice
+
 if TYPE_CHECKING:
     from mmstabvim.layers.state_matrix.base import Params, StateMatrix
 
@@ -176,12 +178,6 @@ class EigenvalueClamping:
 
 
 Constraint = SpectralNormalization | EigenvalueClamping
-
-
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, got {value!r}')
 
 
 def check_positive(name: str, value: float) -> None:

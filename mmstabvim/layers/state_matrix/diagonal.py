@@ -13,9 +13,9 @@ from mmstabvim.layers.state_matrix.base import (
 from mmstabvim.layers.state_matrix.constraints import (
     EigenvalueClamping,
     SpectralNormalization,
-    check_choice,
 )
 from mmstabvim.stability.clamping import clamp_real_part, straight_through
+from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.normalization import log_radius_scale
 
 

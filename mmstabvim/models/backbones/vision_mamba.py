@@ -30,6 +30,7 @@ from mmstabvim.layers.state_matrix import (
 from mmstabvim.layers.vision_mamba_block import add_residual
 from mmstabvim.models.backbones.vision_mamba_init import INIT_RECIPES
 from mmstabvim.registry import MODELS
+from mmstabvim.stability.inputs import check_choice
 
 ARCHS: dict[str, dict[str, Any]] = {
     'tiny': dict(embed_dims=192, num_layers=24, d_state=16),
@@ -149,8 +150,8 @@ class VisionMamba(BaseModule):
             arch.pop('num_layers'),
         )
         self.num_extra_tokens = num_cls_tokens(cls_token)
-        _check_choice('out_type', out_type, OUT_TYPES)
-        _check_choice('init_recipe', init_recipe, tuple(INIT_RECIPES))
+        check_choice('out_type', out_type, OUT_TYPES)
+        check_choice('init_recipe', init_recipe, tuple(INIT_RECIPES))
         if out_type == 'cls_token' and cls_token is None:
             raise ValueError(
                 "out_type 'cls_token' needs a class token, but cls_token is "
@@ -391,7 +392,7 @@ class VisionMamba(BaseModule):
 def _resolve_arch(arch: str | dict[str, Any]) -> dict[str, Any]:
     """Sizes of the model as a new dict."""
     if isinstance(arch, str):
-        _check_choice('arch', arch, tuple(ARCHS))
+        check_choice('arch', arch, tuple(ARCHS))
         return dict(ARCHS[arch])
     if not isinstance(arch, dict):
         raise TypeError(f'arch must be a str or a dict, got {arch!r}')
@@ -440,8 +441,3 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
             f'{name} must be a positive int or (height, width), got {value!r}'
         )
     return pair
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {choices}, got {value!r}')

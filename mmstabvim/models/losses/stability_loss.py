@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from mmstabvim.layers.state_matrix import StateMatrix, state_matrices
-from mmstabvim.layers.state_matrix.constraints import check_choice
 from mmstabvim.registry import MODELS
+from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.penalty import (
     numerical_abscissa_penalty,
     stability_penalty,
