@@ -33,20 +33,28 @@ def use_triton(device: torch.device) -> bool:
 @torch.compiler.assume_constant_result
 def _allowed() -> bool:
     forced = os.environ.get(ENVIRONMENT_VARIABLE) in ('reference', 'cpu')
-    return not forced and _has_triton()
+    if forced:
+        return False
+    if not has_triton():
+        _warn_without_triton()
+        return False
+    return True
 
 
 @functools.cache
-def _has_triton() -> bool:
-    found = importlib.util.find_spec('triton') is not None
-    if not found:
-        print_log(
-            'triton is not installed: convolution, gate and norm are plain '
-            'PyTorch operations on the GPU',
-            logger='current',
-            level=logging.WARNING,
-        )
-    return found
+def has_triton() -> bool:
+    """Whether triton is installed; it is imported where it is used."""
+    return importlib.util.find_spec('triton') is not None
+
+
+@functools.cache
+def _warn_without_triton() -> None:
+    print_log(
+        'triton is not installed: convolution, gate and norm are plain '
+        'PyTorch operations on the GPU',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

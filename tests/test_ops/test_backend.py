@@ -26,7 +26,7 @@ GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
 def triton_found(monkeypatch):
     """Triton seems to be there, and no backend is forced."""
     monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(backend, '_has_triton', lambda: True)
+    monkeypatch.setattr(backend, 'has_triton', lambda: True)
 
 
 def test_triton_on_a_gpu_only():
@@ -50,12 +50,14 @@ def test_says_once_that_triton_is_missing(monkeypatch):
     lines = []
     monkeypatch.setattr(backend, 'print_log', lambda x, **_: lines.append(x))
     monkeypatch.setattr(backend.importlib.util, 'find_spec', lambda _: None)
-    backend._has_triton.cache_clear()
+    for cached in (backend.has_triton, backend._warn_without_triton):
+        cached.cache_clear()
     assert not backend.use_triton(CPU)
     assert not lines
     for _ in range(2):
         assert not backend.use_triton(GPU)
-    backend._has_triton.cache_clear()
+    for cached in (backend.has_triton, backend._warn_without_triton):
+        cached.cache_clear()
     assert len(lines) == 1
     assert lines[0].startswith('triton is not installed')
 

@@ -6,8 +6,6 @@ only, ``triton`` that in kernels for a GPU. README.md beside this file derives
 the backward pass.
 """
 
-import functools
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmstabvim.ops.backend import ENVIRONMENT_VARIABLE
+from mmstabvim.ops.backend import ENVIRONMENT_VARIABLE, has_triton
 from mmstabvim.ops.selective_scan.discretization import B_DISCS
 from mmstabvim.ops.selective_scan.function import scan_op, scan_triton_op
 from mmstabvim.ops.selective_scan.inputs import ScanInputs
@@ -390,12 +388,6 @@ def _for_device(device: torch.device) -> str:
             f'{ENVIRONMENT_VARIABLE}=cpu), which runs there too, but slowly'
         )
     return 'triton'
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether triton is installed; it is imported where it is used."""
-    return importlib.util.find_spec('triton') is not None
 
 
 def _announce(backend: str, device_type: str) -> None:
