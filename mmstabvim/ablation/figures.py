@@ -180,7 +180,7 @@ def _curve_pictures(
     ]
     yield from _draw_curves(
         'curves',
-        'Loss, gradient norm and score over training',
+        'Training curves',
         'The gradient norm is that before clipping.',
         quantities,
         combinations,
@@ -247,8 +247,12 @@ def _draw_curves(
         for c in combinations
         for row in _band(c, read, quantity.name, layout)
     ]
-    found = {row['quantity'] for row in rows}
-    drawn = [q for q, _ in quantities if q.name in found]
+    steps: dict[str, set[float]] = {}
+    for row in rows:
+        steps.setdefault(row['quantity'], set()).add(row['step'])
+    # one step is no curve: the last score has a figure of its own
+    drawn = [q for q, _ in quantities if len(steps.get(q.name, ())) > 1]
+    rows = [row for row in rows if row['quantity'] in {q.name for q in drawn}]
     facets = [
         facet
         for facet in dict.fromkeys(layout.facet(c) for c in combinations)

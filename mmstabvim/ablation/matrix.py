@@ -22,6 +22,7 @@ from mmstabvim.engine import launch
 _AXES = ('seeds', 'precisions', 'lrs')
 _DEFAULTS: dict[str, Any] = dict(
     title='Ablation',
+    notes=[],
     metric='accuracy/top1',
     baseline={},
     collapse_below=None,
@@ -86,6 +87,7 @@ class Matrix:
 
     Attributes:
         title (str): Heading of the report.
+        notes (list[str]): What a reader of the report should know.
         metric (str): Name of the validation metric, higher is better.
         baseline (dict[str, str]): Label and value of what the others are
             compared with.
@@ -97,6 +99,7 @@ class Matrix:
     """
 
     title: str
+    notes: list[str]
     metric: str
     baseline: dict[str, str]
     collapse_below: float | None
@@ -132,9 +135,9 @@ def load_matrix(
 ) -> Matrix:
     """Read a matrix file and work out its cells.
 
-    The file is a config with ``title``, ``metric``, ``baseline``,
-    ``collapse_below``, ``seeds``, ``precisions``, ``lrs``, ``cfg_options``
-    and ``groups``. A group has
+    The file is a config with ``title``, ``notes`` (a list of sentences for
+    the report), ``metric``, ``baseline``, ``collapse_below``, ``seeds``,
+    ``precisions``, ``lrs``, ``cfg_options`` and ``groups``. A group has
     ``configs``, a path or glob (or a list of them) relative to the file,
     and may have ``labels``, ``cfg_options`` and axes of its own. A label is
 
@@ -171,6 +174,7 @@ def load_matrix(
     cells.sort(key=lambda cell: seeds.index(cell.seed))
     return Matrix(
         settings['title'],
+        settings['notes'],
         settings['metric'],
         settings['baseline'],
         settings['collapse_below'],

@@ -86,6 +86,7 @@ def describe_study(study: Study) -> dict[str, str]:
         + ', '.join(f'{n} {status}' for status, n in counts.items()),
         'Score': f'{study.metric} of the last validation',
         'Names': _NAMES if _names_stabilizers(study) else '',
+        'Notes': ' '.join(study.notes),
         'Command': study.command,
         'Machine': _all_of(records, _machine),
         'Versions': _all_of(records, _versions),

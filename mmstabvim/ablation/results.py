@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +377,7 @@ class Study:
         command (str): What started the latest run, may be empty.
         collapse_below (float | None): A training that is done with a score
             below it has learnt nothing; None to leave that open.
+        notes (Sequence[str]): What a reader should know.
     """
 
     title: str
@@ -386,6 +387,7 @@ class Study:
     cells: list[Result]
     command: str = ''
     collapse_below: float | None = None
+    notes: Sequence[str] = ()
 
     def has_collapsed(self, cell: Result) -> bool:
         """Whether a training is done, yet has learnt nothing."""
@@ -435,6 +437,7 @@ def read_study(work_dir: Path) -> Study:
         cells,
         matrix.get('command', ''),
         matrix.get('collapse_below'),
+        matrix.get('notes', []),
     )
 
 

@@ -122,15 +122,15 @@ def write_cell():
 def write_study():
     """Write the list of cells that a run leaves."""
 
-    def write(folder, cells, baseline=None, collapse_below=None, **orders):
+    def write(folder, cells, baseline=None, settings=None, **orders):
         content = dict(
             title='Test <study>',
             metric='accuracy/top1',
             baseline=baseline or {},
-            collapse_below=collapse_below,
             orders=orders,
             cells=cells,
             command='python tools/ablation.py run matrix.py',
+            **(settings or {}),
         )
         folder.mkdir(exist_ok=True)
         results.write_json(folder / results.MATRIX, content)

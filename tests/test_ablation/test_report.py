@@ -268,6 +268,29 @@ def test_curves_are_mean_and_range(pictures):
     assert list(line.get_ydata()) == [2.0, 2.5, 3.5]
 
 
+def test_one_step_is_no_curve(tmp_path, write_cell, write_study):
+    """A single validation stays out, and its panels with it."""
+    train = [dict(loss=x, step=x, iter=x) for x in (1, 2)]
+    val = [{'accuracy/top1': 50.0, 'step': 1}]
+    cells = [write_cell(tmp_path, dict(kind='a'), 0, 50.0, train=train + val)]
+    write_study(tmp_path, cells, kind=['a'])
+    picture = pictures_of(tmp_path)['curves']
+    quantities = {row['quantity'] for row in picture.rows}
+    assert quantities == {'loss by training iteration'}
+    (axes,) = picture.figure.axes
+    assert axes.get_xlabel() == 'training iteration'
+
+
+def test_notes_are_told(tmp_path, write_cell, write_study):
+    cells = [write_cell(tmp_path, dict(kind='a'), 0, 50.0)]
+    settings = dict(notes=['One & two.', 'Three.'])
+    write_study(tmp_path, cells, settings=settings, kind=['a'])
+    page = report.write_report(tmp_path, tmp_path / 'report').read_text()
+    assert '<dt>Notes</dt><dd>One &amp; two. Three.</dd>' in page
+    text = (tmp_path / 'report' / 'report.md').read_text()
+    assert '- Notes: One & two. Three.\n' in text
+
+
 def test_stability_takes_the_worst_layer(pictures):
     rows = [
         row
@@ -409,7 +432,8 @@ def test_trainings_that_learnt_nothing(
         for lr, found in scores.items()
         for seed, score in enumerate(found)
     ]
-    write_study(tmp_path, cells, collapse_below=limit, kind=['a'])
+    settings = dict(collapse_below=limit)
+    write_study(tmp_path, cells, settings=settings, kind=['a'])
     report.write_report(tmp_path, tmp_path / 'report')
     text = (tmp_path / 'report' / 'report.md').read_text()
     (row,) = rows_of(tmp_path, 'divergence')
