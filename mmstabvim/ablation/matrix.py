@@ -24,6 +24,7 @@ _DEFAULTS: dict[str, Any] = dict(
     title='Ablation',
     notes=[],
     metric='accuracy/top1',
+    more_metrics=[],
     baseline={},
     collapse_below=None,
     seeds=[0],
@@ -89,6 +90,8 @@ class Matrix:
         title (str): Heading of the report.
         notes (list[str]): What a reader of the report should know.
         metric (str): Name of the validation metric, higher is better.
+        more_metrics (list[str]): Others for a table of their own, ``*``
+            stands for anything.
         baseline (dict[str, str]): Label and value of what the others are
             compared with.
         collapse_below (float | None): Score below which a training has
@@ -101,6 +104,7 @@ class Matrix:
     title: str
     notes: list[str]
     metric: str
+    more_metrics: list[str]
     baseline: dict[str, str]
     collapse_below: float | None
     orders: dict[str, list[str]]
@@ -136,8 +140,9 @@ def load_matrix(
     """Read a matrix file and work out its cells.
 
     The file is a config with ``title``, ``notes`` (a list of sentences for
-    the report), ``metric``, ``baseline``, ``collapse_below``, ``seeds``,
-    ``precisions``, ``lrs``, ``cfg_options`` and ``groups``. A group has
+    the report), ``metric``, ``more_metrics``, ``baseline``,
+    ``collapse_below``, ``seeds``, ``precisions``, ``lrs``, ``cfg_options``
+    and ``groups``. A group has
     ``configs``, a path or glob (or a list of them) relative to the file,
     and may have ``labels``, ``cfg_options`` and axes of its own. A label is
 
@@ -176,6 +181,7 @@ def load_matrix(
         settings['title'],
         settings['notes'],
         settings['metric'],
+        settings['more_metrics'],
         settings['baseline'],
         settings['collapse_below'],
         orders,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mmstabvim.ablation import results, statistics
@@ -37,6 +38,7 @@ def make_tables(
     """
     found = [
         results_table(study, combinations),
+        scores_table(study, combinations),
         differences_table(study, combinations),
         divergence_table(study, combinations),
         unfinished_table(study),
@@ -152,6 +154,56 @@ def _results_caption(study: Study, combinations: Sequence[Combination]) -> str:
         'the seeds of the median time per step; largest memory of a training '
         f'({_memory_kinds(combinations)}).'
     )
+
+
+def scores_table(study: Study, combinations: Sequence[Combination]) -> Table:
+    """The other metrics that the matrix asks for.
+
+    Args:
+        study (Study): With ``more_metrics``, else the table is empty.
+        combinations (Sequence[Combination]): Of ``statistics.combine``.
+
+    Returns:
+        Table: A row per combination, a column per metric.
+    """
+    heads = _heads(combinations)
+    logged = [
+        name for cell in study.cells for name in cell.record.get('final') or {}
+    ]
+    metrics = [
+        name
+        for name in dict.fromkeys(logged)
+        if any(fnmatchcase(name, p) for p in study.more_metrics)
+    ]
+    rows, data = [], []
+    for c in combinations if metrics else ():
+        found = {name: _sample_of(c, name) for name in metrics}
+        rows.append([*_names(c, heads), *map(plus_minus, found.values())])
+        data += [
+            {
+                **_facts(c, heads),
+                'metric': name,
+                'mean': _known(values.mean),
+                'std': _known(values.std),
+                'n': values.n,
+            }
+            for name, values in found.items()
+        ]
+    return Table(
+        'scores',
+        'Other scores',
+        'Mean ± standard deviation over the seeds that finished, of the last '
+        'validation.',
+        [*heads, *metrics],
+        rows,
+        data,
+        'l' * len(heads) + 'r' * len(metrics),
+    )
+
+
+def _sample_of(c: Combination, metric: str) -> Sample:
+    finals = [cell.final(metric) for cell in c.cells]
+    return statistics.sample([value for value in finals if value is not None])
 
 
 def _best(c: Combination, metric: str) -> Sample:

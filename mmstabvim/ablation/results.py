@@ -375,9 +375,10 @@ class Study:
         orders (dict[str, list[str]]): Values of each label in their order.
         cells (list[Result]): Every cell, also those without results.
         command (str): What started the latest run, may be empty.
-        collapse_below (float | None): A training that is done with a score
-            below it has learnt nothing; None to leave that open.
+        collapse_below (float | None): Score below which a training that is
+            done has learnt nothing; None to leave that open.
         notes (Sequence[str]): What a reader should know.
+        more_metrics (Sequence[str]): Patterns of other metrics to show.
     """
 
     title: str
@@ -388,6 +389,7 @@ class Study:
     command: str = ''
     collapse_below: float | None = None
     notes: Sequence[str] = ()
+    more_metrics: Sequence[str] = ()
 
     def has_collapsed(self, cell: Result) -> bool:
         """Whether a training is done, yet has learnt nothing."""
@@ -429,16 +431,9 @@ def read_study(work_dir: Path) -> Study:
         read_result(work_dir / CELLS / name, cell)
         for name, cell in planned.items()
     ]
-    return Study(
-        matrix['title'],
-        matrix['metric'],
-        matrix['baseline'],
-        orders,
-        cells,
-        matrix.get('command', ''),
-        matrix.get('collapse_below'),
-        matrix.get('notes', []),
-    )
+    names = {field.name for field in dataclasses.fields(Study)}
+    settings = {k: v for k, v in matrix.items() if k in names}
+    return Study(**{**settings, 'orders': orders, 'cells': cells})
 
 
 def read_result(folder: Path, planned: Mapping[str, Any]) -> Result:

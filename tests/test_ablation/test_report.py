@@ -281,6 +281,32 @@ def test_one_step_is_no_curve(tmp_path, write_cell, write_study):
     assert axes.get_xlabel() == 'training iteration'
 
 
+def test_other_scores(tmp_path, write_cell, write_study):
+    """A column for each metric that a pattern names, over the seeds."""
+    finals = ([50.0, 1.0, 7.0], [60.0, 3.0, 7.0])
+    names = ['accuracy/top1', 'IoU/Sky', 'loss_x']
+    cells = [
+        write_cell(
+            tmp_path,
+            dict(kind='a'),
+            seed,
+            final[0],
+            final=dict(zip(names, final, strict=True)),
+        )
+        for seed, final in enumerate(finals)
+    ]
+    write_study(
+        tmp_path, cells, settings=dict(more_metrics=['IoU/*']), kind=['a']
+    )
+    report.write_report(tmp_path, tmp_path / 'report')
+    (row,) = rows_of(tmp_path, 'scores')
+    assert (row['metric'], row['mean'], row['n']) == ('IoU/Sky', '2.0', '2')
+    text = (tmp_path / 'report' / 'report.md').read_text()
+    assert '| kind | IoU/Sky |' in text
+    assert '| a | 2.00 ± 1.41 |' in text
+    assert 'loss_x' not in text
+
+
 def test_notes_are_told(tmp_path, write_cell, write_study):
     cells = [write_cell(tmp_path, dict(kind='a'), 0, 50.0)]
     settings = dict(notes=['One & two.', 'Three.'])
