@@ -185,13 +185,26 @@ def test_gradient_norms():
     assert norms['a'].item() == pytest.approx(math.sqrt(20))
 
 
-def test_a_model_without_state_matrix_is_refused(config):
+def test_gradients_of_a_model_without_state_matrix(config):
     config = Config(config.to_dict())
-    config.model.backbone = dict(type='ResNet', depth=18, in_channels=1)
+    config.model.backbone = dict(type='ResNet', depth=18, base_channels=4)
     config.model.neck = dict(type='GlobalAveragePooling')
-    config.model.head.in_channels = 512
-    with pytest.raises(RuntimeError, match='StabilityMonitorHook found no'):
-        train(config)
+    config.model.head.in_channels = 32
+    model = train(config).model
+    found = records(config)
+    assert found
+    for record in found:
+        names, norms = record['layers'], record['grad_norm']
+        assert 'backbone.layer1.0.conv1' in names
+        assert names[-1] == 'head.fc'
+        assert len(norms) == len(names)
+        assert all(0 <= norm < math.inf for norm in norms)
+        assert norms[-1] > 0
+        assert 'spectral_radius' not in record
+    with_weights = {
+        name.rpartition('.')[0] for name, _ in model.named_parameters()
+    }
+    assert set(found[0]['layers']) == with_weights
 
 
 @pytest.mark.parametrize(

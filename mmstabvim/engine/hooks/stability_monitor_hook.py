@@ -1,7 +1,7 @@
 """Watch the state matrices, step sizes and gradients during training."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,15 @@ import torch
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmstabvim.engine.hooks.stabilizer_hook import (
     StabilizerHook,
     bare_model,
-    find_matrices,
     optimizers_of,
 )
 from mmstabvim.layers.selective_ssm import SelectiveSSM
-from mmstabvim.layers.state_matrix import StateMatrix
+from mmstabvim.layers.state_matrix import StateMatrix, state_matrices
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.penalty import stability_penalty
 
@@ -60,7 +59,8 @@ class StabilityMonitorHook(Hook):
     backend as ``stab/<layer>/<name>``, and in one number over all layers to
     the message hub as ``train/stab/<name>``, which the log shows.
 
-    All numbers of a record reach the host in one transfer.
+    All numbers of a record reach the host in one transfer. In a model
+    without state matrices the norm of each layer's gradient is recorded.
 
     Args:
         interval (int): Iterations between two records. Defaults to 50.
@@ -100,13 +100,14 @@ class StabilityMonitorHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Look at gradients inside the step: after it they are gone."""
-        matrices = find_matrices(runner, type(self).__name__)
+        model = bare_model(runner.model)
+        modules = state_matrices(model) or layers_with_parameters(model)
 
         def look(*_: Any) -> None:
             if self._is_due(runner):
-                self._grads = gradient_norms(matrices)
+                self._grads = gradient_norms(modules)
 
-        for optimizer in optimizers_of(runner.optim_wrapper, matrices):
+        for optimizer in optimizers_of(runner.optim_wrapper, modules):
             self._handles.append(optimizer.register_step_pre_hook(look))
 
     def after_train(self, runner: Runner) -> None:
@@ -140,6 +141,8 @@ class StabilityMonitorHook(Hook):
             return
         ssms = _ssms(runner)
         table = {name: self._row(name, ssm) for name, ssm in ssms.items()}
+        if not ssms:
+            table = {n: {'grad_norm': norm} for n, norm in self._grads.items()}
         for hook in _stabilizers(runner):
             hook.measuring = False
             for name, values in hook.measured.items():
@@ -230,13 +233,21 @@ class StabilityMonitorHook(Hook):
             file.write(json.dumps(record) + '\n')
 
 
-def gradient_norms(
-    matrices: dict[str, StateMatrix],
-) -> dict[str, Tensor]:
-    """Norm of the gradient of each matrix that has one, by its name."""
+def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold parameters themselves, by their names."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+
+
+def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Norm of the gradient of each module's own parameters, if any."""
     norms = {}
-    for name, matrix in matrices.items():
-        grads = [p.grad for p in matrix.raw() if p.grad is not None]
+    for name, module in modules.items():
+        own = module.parameters(recurse=False)
+        grads = [p.grad for p in own if p.grad is not None]
         if grads:
             each = [grad.detach().float().norm() for grad in grads]
             norms[name] = torch.stack(each).norm()
@@ -248,6 +259,8 @@ def to_floats(
 ) -> dict[str, dict[str, float]]:
     """Scalars of a table on the host, in one transfer."""
     flat = [x.float() for row in table.values() for x in row.values()]
+    if not flat:
+        return {}
     numbers = iter(torch.stack(flat).tolist())
     return {
         name: {key: next(numbers) for key in row}
@@ -286,7 +299,6 @@ def _step_rows(
 
 def _ssms(runner: Runner) -> dict[str, SelectiveSSM]:
     """Directions of the model's layers by their names."""
-    find_matrices(runner, StabilityMonitorHook.__name__)
     return {
         name: module
         for name, module in bare_model(runner.model).named_modules()

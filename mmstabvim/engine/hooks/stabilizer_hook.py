@@ -210,15 +210,17 @@ def project(
 
 
 def optimizers_of(
-    wrapper: Any, matrices: Mapping[str, StateMatrix]
+    wrapper: Any, modules: Mapping[str, nn.Module]
 ) -> Iterator[Optimizer]:
-    """The optimizers that train a state matrix."""
+    """The optimizers that train a parameter of these modules."""
     wrappers = (
         wrapper.values()
         if isinstance(wrapper, OptimWrapperDict)
         else [wrapper]
     )
-    ours = {id(p) for matrix in matrices.values() for p in matrix.raw()}
+    ours = {
+        id(p) for m in modules.values() for p in m.parameters(recurse=False)
+    }
     for one in wrappers:
         groups = one.optimizer.param_groups
         if any(id(p) in ours for group in groups for p in group['params']):

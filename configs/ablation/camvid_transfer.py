@@ -1,0 +1,38 @@
+# `python tools/ablation.py run configs/ablation/camvid_transfer.py --jobs 2`
+# after `configs/ablation/cifar10_subset.py`, from whose first checkpoint the
+# pre-trained ones start: CamVid from scratch and from CIFAR-10, without and
+# with stabilizers, and a convolutional network of similar size.
+title = 'From CIFAR-10 to CamVid'
+notes = [
+    'Validation: all 101 images, whole masks of 360 x 480 pixels, '
+    'predictions made at 180 x 240.',
+]
+metric = 'mIoU'
+more_metrics = ['aAcc', 'IoU/*']
+baseline = dict(start='scratch')
+seeds = [0, 1]
+
+_config = '../transfer/{}_1xb4-1k{}_camvid-180x240.py'
+_init = 'model.backbone.init_cfg'
+_starts = {
+    'scratch': {},
+    'CIFAR-10': {
+        f'{_init}.type': 'Pretrained',
+        f'{_init}.prefix': 'backbone.',
+        f'{_init}.checkpoint': 'work_dirs/ablation/cifar10_subset/cells/'
+        'full.none.fp32.seed0/epoch_10.pth',
+    },
+}
+
+groups = [
+    dict(
+        configs=_config.format('vim-nano-p4_upernet', _suffix),
+        labels=dict(model='Vim', stabilizers=_stabilizers, start=_starts),
+    )
+    for _stabilizers, _suffix in (('none', ''), ('all', '-all'))
+] + [
+    dict(
+        configs=_config.format('fcn_r18-w16', ''),
+        labels=dict(model='FCN, ResNet-18', stabilizers='none', start='scratch'),
+    )
+]

@@ -1,0 +1,23 @@
+# MMSegmentation's Segmenter recipe on ADE20K, with Vision Mamba as encoder:
+# its mask transformer takes the one scale that the backbone has.
+_base_ = 'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py'
+
+custom_imports = dict(imports=['mmstabvim'], allow_failed_imports=False)
+
+model = dict(
+    pretrained=None,  # the weights of a ViT
+    backbone=dict(
+        _delete_=True,
+        type='mmstabvim.VisionMamba',
+        arch='tiny',
+        img_size=512,
+        patch_size=16,
+        cls_token=None,
+        out_type='featmap',
+    ),
+)
+
+custom_hooks = [
+    dict(type='mmstabvim.StabilityMonitorHook', interval=100),
+    dict(type='mmstabvim.DivergenceHook'),
+]
