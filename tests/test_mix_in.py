@@ -310,9 +310,17 @@ def step_sizes(model):
     )
 
 
-def test_deit_recipe_keeps_the_step_sizes(tmp_path):
-    """MMPretrain's rule for linear layers would set all of them to 0.69."""
-    steps = step_sizes(build(small_imagenet(load(DEIT), tmp_path)))
+@pytest.mark.parametrize('std', [0.0, 0.02])
+def test_deit_recipe_keeps_the_step_sizes(std, tmp_path):
+    """With MMPretrain's rule for linear layers too: all would be 0.69."""
+    cfg = small_imagenet(load(DEIT), tmp_path)
+    if std:
+        rule = dict(type='TruncNormal', layer='Linear', std=std)
+        cfg.model.init_cfg = [rule]
+    model = build(cfg)
+    found = model.backbone.layers[0].mixer.in_proj.weight.std().item()
+    assert (found == pytest.approx(std, rel=0.1)) == bool(std)
+    steps = step_sizes(model)
     assert steps.min() > 0
     assert steps.max() < 0.101
 

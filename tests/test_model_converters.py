@@ -1,11 +1,10 @@
 """Converting official checkpoints, there and back, and refusing others."""
 
-import importlib.util
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
+from converter_runs import converter, refusal, same
 
 from mmstabvim import VisionMamba
 from mmstabvim.models.vim_checkpoint import (
@@ -14,31 +13,11 @@ from mmstabvim.models.vim_checkpoint import (
     to_official,
 )
 
-CONVERTERS = Path(__file__).parents[1] / 'tools/model_converters'
-
 
 @pytest.fixture
 def convert(capsys):
     """Run the tool in this process and return what it printed."""
-    spec = importlib.util.spec_from_file_location(
-        'vim_to_mmpretrain', CONVERTERS / 'vim_to_mmpretrain.py'
-    )
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run(*args):
-        tool.main([str(arg) for arg in args])
-        return capsys.readouterr().out
-
-    return run
-
-
-def refusal(convert, capsys, *args):
-    """What the tool says when it stops."""
-    with pytest.raises(SystemExit) as stop:
-        convert(*args)
-    assert stop.value.code
-    return f'{stop.value.code}{capsys.readouterr().err}'
+    return converter('vim_to_mmpretrain', capsys)
 
 
 @pytest.fixture
@@ -57,10 +36,6 @@ def state():
 @pytest.fixture
 def official(state):
     return to_official(state)[0]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_golden_checkpoint(golden, tmp_path, convert):

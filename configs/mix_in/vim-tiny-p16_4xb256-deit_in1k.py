@@ -11,8 +11,8 @@ model = dict(
         img_size=224,
         patch_size=16,
     ),
-    # The recipe's rule draws every linear layer of the model anew. In Vision
-    # Mamba that undoes the step sizes of 0.001 to 0.1: all become 0.7.
+    # The recipe's rule draws every linear layer of the model anew: output
+    # projections would not be scaled down with the depth.
     init_cfg=None,
 )
 

@@ -121,9 +121,12 @@ def resize_position_embedding(
 def guess_grid(num_patches: int, like: tuple[int, int]) -> tuple[int, int]:
     """Grid of a position embedding whose shape was not recorded.
 
-    A square number is taken as a square grid; else the factors whose ratio is
-    nearest to that of ``like``.
+    The grid ``like`` where it has that many patches; else a square number is
+    taken as a square grid; else the factors whose ratio is nearest to that of
+    ``like``.
     """
+    if like[0] * like[1] == num_patches:
+        return like
     side = math.isqrt(num_patches)
     if side * side == num_patches:
         return side, side

@@ -13,6 +13,18 @@ from mmstabvim.ops import causal_conv1d_directions, selective_scan_directions
 from mmstabvim.stability.eigenbasis import matrix_exponential_scan
 
 
+class _Linear(nn.Linear):
+    pass
+
+
+class StepProjection(_Linear):
+    """Linear layer whose initial values mean something: the step sizes.
+
+    MMEngine's rules of an ``init_cfg`` go by the name of a class and of the
+    one that it is derived from, so one for ``Linear`` passes over this.
+    """
+
+
 class SelectiveSSM(nn.Module):
     """Selective state-space model that walks the tokens in one direction.
 
@@ -62,7 +74,7 @@ class SelectiveSSM(nn.Module):
         self.observers: list[Callable[[Tensor], None]] = []
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner)
         self.x_proj = nn.Linear(d_inner, sum(self.sizes), bias=False)
-        self.dt_proj = nn.Linear(dt_rank, d_inner)
+        self.dt_proj = StepProjection(dt_rank, d_inner)
         self.D = nn.Parameter(torch.ones(d_inner))
         self.reset_step_size()
 

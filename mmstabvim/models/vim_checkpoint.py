@@ -1,11 +1,24 @@
-"""Names of the official Vim checkpoints and of this project's, both ways."""
+"""Names of the official Vim checkpoints and of this project's, both ways.
 
+Classifiers keep the place of their class token to themselves: the published
+``midclstok`` models have it at index ``num_patches // 2`` of the sequence and
+of the position embedding.
+"""
+
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from mmstabvim.layers import PatchEmbed
+from mmstabvim.layers.position_embedding import (
+    num_cls_tokens,
+    resize_position_embedding,
+    split_tokens,
+)
 
 # official name -> name in an ImageClassifier with a LinearClsHead
 _OUTSIDE_LAYERS = {
@@ -39,6 +52,8 @@ _IN_LAYER = {
     },
 }
 _LAYER = re.compile(r'(backbone\.)?layers\.(\d+)\.(.+)')
+_SCALE = re.compile(r'(neck|backbone)\.(fpn\d+\..+)')
+_HEADS = ('decode_head.', 'auxiliary_head.')
 _TWO_TOKENS = ('cls_token_head', 'cls_token_tail')
 
 
@@ -109,6 +124,199 @@ def to_official(
             unused.append(name)
     _check_complete(official, state)
     return official, unused
+
+
+def is_official_segmentor(state: Mapping[str, Tensor]) -> bool:
+    """Tell a checkpoint of the official segmentation code by its names."""
+    return 'backbone.patch_embed.proj.weight' in state
+
+
+def is_converted(state: Mapping[str, Tensor]) -> bool:
+    """Tell a checkpoint that has this project's names already."""
+    return 'backbone.patch_embed.projection.weight' in state
+
+
+def from_official_segmentor(
+    state: Mapping[str, Tensor],
+) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """Rename the weights of an official segmentor.
+
+    Args:
+        state (Mapping[str, Tensor]): The official ``state_dict``: a backbone
+            with ``fpn1`` and so on inside, a decode head and an auxiliary
+            head.
+
+    Returns:
+        tuple[OrderedDict[str, Tensor], list[str]]: Weights of an
+        ``EncoderDecoder`` with a ``SimpleFeaturePyramid``, and the names that
+        were not used.
+
+    Raises:
+        ValueError: If this is no bidirectional Vim, or weights are missing.
+    """
+    inside = {
+        name.removeprefix('backbone.'): tensor
+        for name, tensor in state.items()
+        if name.startswith('backbone.') and not _SCALE.fullmatch(name)
+    }
+    converted, left = from_official(inside)
+    unused = [f'backbone.{name}' for name in left]
+    unused += _move_scales_and_heads(state, converted, 'backbone', 'neck')
+    return converted, unused
+
+
+def to_official_segmentor(
+    state: Mapping[str, Tensor],
+) -> tuple[OrderedDict[str, Tensor], list[str]]:
+    """Undo :func:`from_official_segmentor`.
+
+    Args:
+        state (Mapping[str, Tensor]): Weights of an ``EncoderDecoder``.
+
+    Returns:
+        tuple[OrderedDict[str, Tensor], list[str]]: The official
+        ``state_dict``, and the names that were not used.
+
+    Raises:
+        ValueError: If the weights hold no Vision Mamba.
+    """
+    backbone = {k: v for k, v in state.items() if k.startswith('backbone.')}
+    inside, unused = to_official(backbone)
+    official = OrderedDict((f'backbone.{k}', v) for k, v in inside.items())
+    unused += _move_scales_and_heads(state, official, 'neck', 'backbone')
+    return official, unused
+
+
+def _move_scales_and_heads(
+    source: Mapping[str, Tensor],
+    target: OrderedDict[str, Tensor],
+    old: str,
+    new: str,
+) -> list[str]:
+    """Copy all but the backbone; return the names that have no place."""
+    unused = []
+    for name, tensor in source.items():
+        match = _SCALE.fullmatch(name)
+        if match and match[1] == old:
+            target[f'{new}.{match[2]}'] = tensor
+        elif name.startswith(_HEADS):
+            target[name] = tensor
+        elif not name.startswith('backbone.'):
+            unused.append(name)
+    return unused
+
+
+def cls_token_place(
+    state: Mapping[str, Tensor], single: str = 'middle'
+) -> str | None:
+    """Place of the class token of a converted model.
+
+    Args:
+        state (Mapping[str, Tensor]): Weights named as in this project.
+        single (str): Place of a single one, which the weights do not tell.
+            Defaults to ``'middle'``, as in the published models.
+
+    Returns:
+        str | None: See :func:`.position_embedding.num_cls_tokens`.
+    """
+    tokens = state.get('backbone.cls_token')
+    count = 0 if tokens is None else tokens.shape[1]
+    return {0: None, 1: single, 2: 'double'}[count]
+
+
+def patch_grid(
+    state: Mapping[str, Tensor],
+    cls_token: str | None,
+    grid: tuple[int, int] | None = None,
+) -> tuple[int, int] | None:
+    """Rows and columns of the position embedding of a converted model.
+
+    Args:
+        state (Mapping[str, Tensor]): Weights named as in this project.
+        cls_token (str | None): Place of the class token.
+        grid (tuple[int, int], optional): Rows and columns, needed where the
+            patches are no square. Defaults to None.
+
+    Returns:
+        tuple[int, int] | None: None without a position embedding.
+
+    Raises:
+        ValueError: If the number of patches does not tell the grid, or
+            contradicts ``grid``.
+    """
+    if 'backbone.pos_embed' not in state:
+        return None
+    count = state['backbone.pos_embed'].shape[1] - num_cls_tokens(cls_token)
+    side = math.isqrt(count)
+    rows, columns = grid or (side, side)
+    if rows * columns != count:
+        wanted = f'{rows}x{columns}' if grid else 'a square number of'
+        raise ValueError(
+            f'the position embedding must have {wanted} patches beside its '
+            f'class tokens ({num_cls_tokens(cls_token)}), got {count}: give '
+            'the grid, rows and columns'
+        )
+    return rows, columns
+
+
+def make_dense(
+    state: Mapping[str, Tensor],
+    cls_token: str | None,
+    keep_cls_token: bool = False,
+) -> OrderedDict[str, Tensor]:
+    """Leave out of a converted classifier what dense prediction does not use.
+
+    Args:
+        state (Mapping[str, Tensor]): Weights named as in this project.
+        cls_token (str | None): Place of the class token.
+        keep_cls_token (bool): Leave the class token where it is. Defaults to
+            False: it goes, with its vector of the position embedding.
+
+    Returns:
+        OrderedDict[str, Tensor]: The weights without ``head``.
+    """
+    dense = OrderedDict(
+        (k, v) for k, v in state.items() if not k.startswith('head.')
+    )
+    if keep_cls_token:
+        return dense
+    dense.pop('backbone.cls_token', None)
+    if 'backbone.pos_embed' in dense:
+        patches = split_tokens(dense['backbone.pos_embed'], cls_token)[1]
+        dense['backbone.pos_embed'] = patches.contiguous()
+    return dense
+
+
+def resize_patch_grid(
+    state: dict[str, Tensor],
+    cls_token: str | None,
+    grid: tuple[int, int],
+    img_size: tuple[int, int],
+    patch_stride: int | None = None,
+) -> tuple[int, int]:
+    """Interpolate a position embedding for another image size, in place.
+
+    Bicubic, without aligned corners; class tokens keep their vectors.
+
+    Args:
+        state (dict[str, Tensor]): Weights named as in this project.
+        cls_token (str | None): Place of the class token in it.
+        grid (tuple[int, int]): Rows and columns so far.
+        img_size (tuple[int, int]): Height and width wanted, pixels.
+        patch_stride (int, optional): Distance of two patches, pixels; the
+            size of a patch if None. Defaults to None.
+
+    Returns:
+        tuple[int, int]: The new rows and columns.
+    """
+    size = state['backbone.patch_embed.projection.weight'].shape[-1]
+    patches = PatchEmbed(1, 1, size, patch_stride or size)
+    wanted = patches.grid_size(*img_size)
+    resized = resize_position_embedding(
+        state['backbone.pos_embed'], grid, wanted, cls_token
+    )
+    state['backbone.pos_embed'] = resized.contiguous()
+    return wanted
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,11 +12,9 @@ from mmstabvim.layers import (
     DropPath,
     PatchEmbed,
     RMSNorm,
-    RotaryEmbedding2d,
     VisionMambaBlock,
 )
 from mmstabvim.layers.position_embedding import (
-    guess_grid,
     join_tokens,
     num_cls_tokens,
     resize_position_embedding,
@@ -28,24 +25,24 @@ from mmstabvim.layers.state_matrix import (
     state_matrices,
 )
 from mmstabvim.layers.vision_mamba_block import add_residual
+from mmstabvim.models.backbones.vision_mamba_arguments import (
+    OUT_TYPES,
+    build_rotary,
+    check_feature,
+    check_out_type,
+    resolve_arch,
+    resolve_indices,
+    resolve_pair,
+)
 from mmstabvim.models.backbones.vision_mamba_init import INIT_RECIPES
+from mmstabvim.models.backbones.vision_mamba_loading import (
+    fit_checkpoint,
+    token_layout,
+)
 from mmstabvim.registry import MODELS
 from mmstabvim.stability.inputs import check_choice
 
-ARCHS: dict[str, dict[str, Any]] = {
-    'tiny': dict(embed_dims=192, num_layers=24, d_state=16),
-    'small': dict(embed_dims=384, num_layers=24, d_state=16),
-    'base': dict(embed_dims=768, num_layers=24, d_state=16),
-}
-ARCH_KEYS = {
-    'embed_dims',
-    'num_layers',
-    'd_state',
-    'd_conv',
-    'expand',
-    'dt_rank',
-}
-OUT_TYPES = ('cls_token', 'avg_featmap', 'featmap', 'raw')
+__all__ = ['OUT_TYPES', 'VisionMamba']
 
 
 @MODELS.register_module()
@@ -55,6 +52,13 @@ class VisionMamba(BaseModule):
     The image becomes a row-major sequence of patches, class tokens are put at
     their place, position embedding is added, and blocks with a bidirectional
     selective scan follow.
+
+    Images of any size are taken: one that the patches do not cover is padded
+    with zeros at the bottom and at the right, so with patches that do not
+    overlap a map has ``ceil(height / patch_size)`` rows and ``ceil(width /
+    patch_size)`` columns, for instance 45 x 63 for 713 x 1000 pixels. From
+    a checkpoint, the position embedding is brought to ``img_size`` and a
+    class token that the model does not have is left out.
 
     Args:
         arch (str | dict): ``'tiny'``, ``'small'``, ``'base'``, or a dict with
@@ -78,6 +82,17 @@ class VisionMamba(BaseModule):
             embed_dims). Defaults to ``'cls_token'``.
         out_indices (int | Sequence[int]): Blocks whose outputs are returned;
             negative ones count from the end. Defaults to -1.
+        feature (str): What is returned of block i. ``'normed'``: the residual
+            stream after it, normalized. The two conventions of the published
+            segmentation code: ``'mixer_output'``, what the block's mixer
+            returns, before it is added to the stream; ``'residual'``, the
+            stream after the block, not normalized, and of the last block what
+            ``last_layer`` says. Defaults to ``'normed'``.
+        last_layer (str): What is returned of the last block under the latter
+            two: ``'none'``, its mixer's output; ``'add'``, the stream after
+            it; ``'add_norm'``, that stream normalized. The published code
+            heeds it under ``'residual'`` only, and does not drop the last
+            block by stochastic depth there. Defaults to ``'none'``.
         drop_rate (float): Dropout after the position embedding. Defaults to
             0.0.
         drop_path_rate (float): Largest stochastic depth rate; grows linearly
@@ -87,7 +102,9 @@ class VisionMamba(BaseModule):
         frozen_stages (int): 0 freezes the embeddings, n > 0 also the first n
             blocks (and the final norm if all), -1 nothing. Defaults to -1.
         final_norm (bool): Normalize the outputs; every output with the norm
-            that follows the last block. Defaults to True.
+            that follows the last block. Where ``feature`` does not use the
+            norm, its weight is kept for checkpoints but does not learn.
+            Defaults to True.
         with_pos_embed (bool): Absolute position embedding. Defaults to True.
         interpolate_mode (str): Its interpolation. Defaults to ``'bicubic'``.
         rotary (dict, optional): Two-dimensional rotary embedding before each
@@ -107,13 +124,19 @@ class VisionMamba(BaseModule):
             ``'default'``.
         debug (bool): Raise on a non-finite image instead of computing with
             it. Defaults to False.
+        checkpoint_cls_token (str): ``'middle'`` or ``'head'``: place of the
+            class token in a checkpoint that has one, where the model has none
+            and the checkpoint does not tell. (A ``state_dict`` of this
+            project does, in its metadata, but ``init_cfg`` with a ``prefix``
+            leaves the metadata out.) Defaults to ``'middle'``.
         init_cfg (dict, optional): mmengine's initialization, for example
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
 
     Raises:
         TypeError: If an argument or the image has a wrong type.
-        ValueError: If an argument is out of range, or a checkpoint has
-            another width.
+        ValueError: If an argument is out of range or contradicts another
+            one, or if a checkpoint has another width, patch size, number of
+            blocks or layout of tokens.
 
     Source: arXiv:2401.09417.
     """
@@ -128,6 +151,8 @@ class VisionMamba(BaseModule):
         cls_token: str | None = 'middle',
         out_type: str = 'cls_token',
         out_indices: int | Sequence[int] = -1,
+        feature: str = 'normed',
+        last_layer: str = 'none',
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         with_cp: bool = False,
@@ -141,29 +166,32 @@ class VisionMamba(BaseModule):
         scan_backend: str = 'auto',
         init_recipe: str = 'default',
         debug: bool = False,
+        checkpoint_cls_token: str = 'middle',
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(init_cfg)
-        arch = _resolve_arch(arch)
+        arch = resolve_arch(arch)
         self.embed_dims, self.num_layers = (
             arch.pop('embed_dims'),
             arch.pop('num_layers'),
         )
         self.num_extra_tokens = num_cls_tokens(cls_token)
-        check_choice('out_type', out_type, OUT_TYPES)
+        check_out_type(out_type, cls_token)
         check_choice('init_recipe', init_recipe, tuple(INIT_RECIPES))
-        if out_type == 'cls_token' and cls_token is None:
-            raise ValueError(
-                "out_type 'cls_token' needs a class token, but cls_token is "
-                'None'
-            )
+        check_choice(
+            'checkpoint_cls_token', checkpoint_cls_token, ('middle', 'head')
+        )
         if not -1 <= frozen_stages <= self.num_layers:
             raise ValueError(
                 f'frozen_stages must be from -1 to {self.num_layers}, got '
                 f'{frozen_stages}'
             )
         self.cls_token_place, self.out_type = cls_token, out_type
-        self.out_indices = _resolve_indices(out_indices, self.num_layers)
+        self.checkpoint_cls_token = checkpoint_cls_token
+        self.out_indices = resolve_indices(out_indices, self.num_layers)
+        with_last = self.num_layers - 1 in self.out_indices
+        check_feature(feature, last_layer, final_norm, with_last)
+        self.feature, self.last_layer = feature, last_layer
         self.with_cp, self.frozen_stages = with_cp, frozen_stages
         self.interpolate_mode, self.debug = interpolate_mode, debug
 
@@ -173,7 +201,9 @@ class VisionMamba(BaseModule):
             patch_size,
             patch_stride or patch_size,
         )
-        self.grid = self.patch_embed.grid_size(*_pair('img_size', img_size))
+        self.grid = self.patch_embed.grid_size(
+            *resolve_pair('img_size', img_size)
+        )
         length = self.grid[0] * self.grid[1] + self.num_extra_tokens
         self.cls_token = self.pos_embed = None
         if self.num_extra_tokens:
@@ -187,7 +217,7 @@ class VisionMamba(BaseModule):
         self.dropout = nn.Dropout(drop_rate)
         self.rotary, self.rotate_residual = None, False
         if rotary is not None:
-            self.rotary, self.rotate_residual = _build_rotary(
+            self.rotary, self.rotate_residual = build_rotary(
                 self.embed_dims, **rotary
             )
         # the incoming output of block i is that of block i - 1
@@ -207,6 +237,9 @@ class VisionMamba(BaseModule):
         )
         self.drop_path = DropPath(drop_path_rate)
         self.norm = RMSNorm(self.embed_dims) if final_norm else nn.Identity()
+        if feature != 'normed' and last_layer != 'add_norm':
+            # kept for checkpoints; DDP wants no weight without gradient
+            self.norm.requires_grad_(False)
         INIT_RECIPES[init_recipe](self)
         self._freeze()
 
@@ -223,17 +256,14 @@ class VisionMamba(BaseModule):
         self._check_image(image)
         decompose_together(state_matrices(self.layers).values())
         hidden, grid = self._embed(image)
-        residual, outputs = None, []
+        residual: Tensor | None = None
+        outputs: list[Tensor] = []
         for i, block in enumerate(self.layers):
             hidden, residual = self._rotate(hidden, residual, grid)
             hidden, residual = self._run(block, hidden, residual)
-            if i in self.out_indices:
-                branch = hidden
-                if i == self.num_layers - 1:
-                    branch = self.drop_path(hidden)
-                stream = self.norm(add_residual(branch, residual))
-                outputs.append(self._format(stream, grid))
-        return tuple(outputs)
+            outputs += self._features(i, hidden, residual)
+        dtype = self.patch_embed.projection.weight.dtype
+        return tuple(self._format(x.to(dtype), grid) for x in outputs)
 
     def _embed(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens of an image, (batch, length, embed_dims), and their grid."""
@@ -268,6 +298,27 @@ class VisionMamba(BaseModule):
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(block, hidden, residual, use_reentrant=False)
         return block(hidden, residual)
+
+    def _features(
+        self, index: int, hidden: Tensor, residual: Tensor
+    ) -> list[Tensor]:
+        """Sequences to return that are known after block ``index``."""
+        found = []
+        if self.feature == 'residual' and index - 1 in self.out_indices:
+            found.append(residual)
+        if index not in self.out_indices:
+            return found
+        last = index == self.num_layers - 1
+        if self.feature == 'normed':
+            branch = self.drop_path(hidden) if last else hidden
+            found.append(self.norm(add_residual(branch, residual)))
+        elif last and self.last_layer != 'none':
+            stream = add_residual(hidden, residual)
+            add_norm = self.last_layer == 'add_norm'
+            found.append(self.norm(stream) if add_norm else stream)
+        elif last or self.feature == 'mixer_output':
+            found.append(hidden)
+        return found
 
     def _format(self, stream: Tensor, grid: tuple[int, int]) -> Tensor:
         """Bring (batch, length, embed_dims) into the form of out_type."""
@@ -344,100 +395,24 @@ class VisionMamba(BaseModule):
             return int(name.split('.')[1]) + 1, depths
         return depths - 1, depths
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """Record the layout of the tokens in the metadata."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, '_metadata', {})
+        if prefix[:-1] in metadata:
+            metadata[prefix[:-1]] |= token_layout(self)
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *args: Any,
     ) -> None:
-        """Check the width and fit the position embedding before loading."""
-        self._check_width(state_dict, prefix)
-        self._fit_position_embedding(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _check_width(self, state_dict: dict[str, Any], prefix: str) -> None:
-        weight = state_dict.get(f'{prefix}patch_embed.projection.weight')
-        if weight is not None and weight.shape[0] != self.embed_dims:
-            raise ValueError(
-                f'the checkpoint has embed_dims {weight.shape[0]}, the model '
-                f'{self.embed_dims}: choose the arch of the checkpoint'
-            )
-
-    def _fit_position_embedding(
-        self, state_dict: dict[str, Any], prefix: str
-    ) -> None:
-        """Resize a checkpoint's position embedding to this model's grid."""
-        key, cls_key = f'{prefix}pos_embed', f'{prefix}cls_token'
-        if self.pos_embed is None or key not in state_dict:
-            return
-        pos_embed = state_dict[key]
-        extra = state_dict[cls_key].shape[1] if cls_key in state_dict else 0
-        place = self.cls_token_place
-        if extra != self.num_extra_tokens:
-            if self.num_extra_tokens:
-                return  # load_state_dict reports the missing class token
-            place = {1: 'middle', 2: 'double'}[extra]
-        old_grid = guess_grid(pos_embed.shape[1] - extra, self.grid)
-        resized = resize_position_embedding(
-            pos_embed, old_grid, self.grid, place, self.interpolate_mode
+        """Fit the position embedding, refuse another kind of model."""
+        fit_checkpoint(self, state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, *args
         )
-        if old_grid != self.grid:
-            print_log(
-                f'position embedding resized from {old_grid} to {self.grid}',
-                logger='current',
-            )
-        if place != self.cls_token_place:
-            resized = split_tokens(resized, place)[1]
-            del state_dict[cls_key]
-        state_dict[key] = resized
-
-
-def _resolve_arch(arch: str | dict[str, Any]) -> dict[str, Any]:
-    """Sizes of the model as a new dict."""
-    if isinstance(arch, str):
-        check_choice('arch', arch, tuple(ARCHS))
-        return dict(ARCHS[arch])
-    if not isinstance(arch, dict):
-        raise TypeError(f'arch must be a str or a dict, got {arch!r}')
-    missing = {'embed_dims', 'num_layers'} - arch.keys()
-    unknown = arch.keys() - ARCH_KEYS
-    if missing or unknown:
-        raise ValueError(
-            f'arch must have embed_dims and num_layers, and may have '
-            f'{sorted(ARCH_KEYS)}, got {arch!r}'
-        )
-    sizes = {k: v for k, v in arch.items() if k != 'dt_rank'}
-    if any(not isinstance(v, int) or v < 1 for v in sizes.values()):
-        raise ValueError(f'arch must hold positive integers, got {arch!r}')
-    return dict(arch)
-
-
-def _resolve_indices(
-    out_indices: int | Sequence[int], num_layers: int
-) -> list[int]:
-    """Indices from the front, in increasing order."""
-    given = [out_indices] if isinstance(out_indices, int) else out_indices
-    resolved = [i + num_layers if i < 0 else i for i in given]
-    if (
-        not resolved
-        or any(not 0 <= i < num_layers for i in resolved)
-        or sorted(set(resolved)) != resolved
-    ):
-        raise ValueError(
-            f'out_indices must increase within 0 ... {num_layers - 1} (or '
-            f'count from the end with -1 ... -{num_layers}), got '
-            f'{out_indices!r}'
-        )
-    return resolved
-
-
-def _build_rotary(
-    embed_dims: int, base_size: int = 14, residual: bool = True
-) -> tuple[RotaryEmbedding2d, bool]:
-    return RotaryEmbedding2d(embed_dims, base_size), residual
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
-        raise ValueError(
-            f'{name} must be a positive int or (height, width), got {value!r}'
-        )
-    return pair

@@ -1,0 +1,157 @@
+"""Bring a checkpoint to a Vision Mamba, or say why it does not fit.
+
+MMEngine loads pre-trained weights without ``strict``: what does not fit is a
+line in the log, and the model trains from random weights. So a checkpoint of
+another model is refused here.
+"""
+
+import re
+from itertools import chain
+from typing import Any
+
+from mmengine.logging import print_log
+from torch import Tensor
+
+from mmstabvim.layers.position_embedding import (
+    guess_grid,
+    resize_position_embedding,
+    split_tokens,
+)
+
+_BLOCK = re.compile(r'layers\.(\d+)\.')
+
+
+def token_layout(model: Any) -> dict[str, Any]:
+    """What a ``state_dict`` does not tell about its position embedding."""
+    return dict(cls_token=model.cls_token_place, grid=tuple(model.grid))
+
+
+def fit_checkpoint(
+    model: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    recorded: dict[str, Any],
+) -> None:
+    """Fit the position embedding in place, refuse another kind of model.
+
+    Args:
+        model (VisionMamba): The model that is about to load.
+        state_dict (dict): Weights, those of other modules among them.
+        prefix (str): What precedes the model's own names.
+        recorded (dict): :func:`token_layout` of the checkpoint; empty where
+            it is not known.
+
+    Raises:
+        ValueError: If the checkpoint has another width, patch size, number of
+            blocks, layout of tokens, or size of any weight.
+    """
+    if f'{prefix}patch_embed.projection.weight' in state_dict:
+        _check_patches(model, state_dict, prefix)
+        _check_blocks(model, state_dict, prefix)
+    _fit_tokens(model, state_dict, prefix, recorded)
+    _check_shapes(model, state_dict, prefix)
+
+
+def _check_patches(
+    model: Any, state_dict: dict[str, Tensor], prefix: str
+) -> None:
+    theirs = state_dict[f'{prefix}patch_embed.projection.weight'].shape
+    ours = model.patch_embed.projection.weight.shape
+    cure = {
+        'embed_dims': 'choose the arch of the checkpoint',
+        'in_channels': 'choose the in_channels of the checkpoint',
+        'patch_size': 'choose the patch_size of the checkpoint',
+    }
+    for name, got, wanted in zip(cure, theirs, ours, strict=False):
+        if got != wanted:
+            raise ValueError(
+                f'the checkpoint has {name} {got}, the model {wanted}: '
+                f'{cure[name]}'
+            )
+
+
+def _check_blocks(
+    model: Any, state_dict: dict[str, Tensor], prefix: str
+) -> None:
+    names = (n.removeprefix(prefix) for n in state_dict)
+    blocks = {int(match[1]) for n in names if (match := _BLOCK.match(n))}
+    if blocks != set(range(model.num_layers)):
+        raise ValueError(
+            f'the checkpoint has {len(blocks)} layers, the model '
+            f'{model.num_layers}: choose the num_layers of the checkpoint'
+        )
+
+
+def _fit_tokens(
+    model: Any,
+    state_dict: dict[str, Tensor],
+    prefix: str,
+    recorded: dict[str, Any],
+) -> None:
+    """Leave the class token out where the model has none, resize the grid."""
+    pos_key, cls_key = f'{prefix}pos_embed', f'{prefix}cls_token'
+    whole = f'{prefix}patch_embed.projection.weight' in state_dict
+    if not whole and not {pos_key, cls_key} & state_dict.keys():
+        return
+    extra = state_dict[cls_key].shape[1] if cls_key in state_dict else 0
+    place = _layout(model, extra, recorded)
+    if place != model.cls_token_place:
+        if model.cls_token_place is not None:
+            raise ValueError(
+                f'the checkpoint has cls_token {place!r}, the model '
+                f'{model.cls_token_place!r}: choose the cls_token of the '
+                'checkpoint, or None to leave its class tokens out'
+            )
+        del state_dict[cls_key]
+    if model.pos_embed is None or pos_key not in state_dict:
+        return
+    pos_embed = state_dict[pos_key]
+    if place != model.cls_token_place:
+        pos_embed = split_tokens(pos_embed, place)[1]
+    state_dict[pos_key] = _fit_grid(model, pos_embed, recorded)
+
+
+def _layout(model: Any, extra: int, recorded: dict[str, Any]) -> str | None:
+    """Place of a checkpoint's class tokens, from their number."""
+    if extra != 1:
+        return {0: None}.get(extra, 'double')
+    assumed = model.checkpoint_cls_token
+    if model.num_extra_tokens == 1:
+        assumed = model.cls_token_place
+    return recorded.get('cls_token') or assumed
+
+
+def _fit_grid(
+    model: Any, pos_embed: Tensor, recorded: dict[str, Any]
+) -> Tensor:
+    """Resize a position embedding, with the model's class tokens."""
+    num_patches = pos_embed.shape[1] - model.num_extra_tokens
+    grid = tuple(recorded.get('grid', (0, 0)))
+    if grid[0] * grid[1] != num_patches:
+        grid = guess_grid(num_patches, model.grid)
+    if grid != model.grid:
+        print_log(
+            f'position embedding resized from {grid} to {model.grid}',
+            logger='current',
+        )
+    return resize_position_embedding(
+        pos_embed,
+        grid,
+        model.grid,
+        model.cls_token_place,
+        model.interpolate_mode,
+    )
+
+
+def _check_shapes(
+    model: Any, state_dict: dict[str, Tensor], prefix: str
+) -> None:
+    """Refuse other sizes, such as another d_state or expand."""
+    for name, ours in chain(model.named_parameters(), model.named_buffers()):
+        theirs = state_dict.get(prefix + name)
+        if theirs is not None and theirs.shape != ours.shape:
+            raise ValueError(
+                f'{name} is {tuple(theirs.shape)} in the checkpoint, '
+                f'{tuple(ours.shape)} in the model: choose the arch and '
+                'options of the checkpoint'
+            )

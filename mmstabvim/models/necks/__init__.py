@@ -1,0 +1,5 @@
+"""Registered necks."""
+
+from mmstabvim.models.necks.simple_feature_pyramid import SimpleFeaturePyramid
+
+__all__ = ['SimpleFeaturePyramid']
