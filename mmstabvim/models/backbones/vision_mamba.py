@@ -221,9 +221,8 @@ class VisionMamba(BaseModule):
                 self.embed_dims, **rotary
             )
         # the incoming output of block i is that of block i - 1
-        rates = torch.linspace(
-            0, drop_path_rate, self.num_layers, device='cpu'
-        )
+        last = max(self.num_layers - 1, 1)
+        rates = [drop_path_rate * i / last for i in range(self.num_layers)]
         self.layers = nn.ModuleList(
             VisionMambaBlock(
                 self.embed_dims,
