@@ -22,14 +22,21 @@ from mmstabvim.layers.state_matrix.full import (
     FullStateMatrix,
     decompose_together,
 )
+from mmstabvim.layers.state_matrix.initialization import (
+    INITS,
+    pack_perturbation,
+)
+from mmstabvim.stability.perturbation import Perturbation
 
 __all__ = [
+    'INITS',
     'STATE_MATRICES',
     'ComplexStateMatrix',
     'Constraint',
     'EigenvalueClamping',
     'FullStateMatrix',
     'NegExpStateMatrix',
+    'Perturbation',
     'ScanMatrices',
     'SignedStateMatrix',
     'SpectralNormalization',
@@ -57,7 +64,8 @@ def build_state_matrix(
         d_inner (int): Channels.
         d_state (int): Eigenvalues of each matrix.
         type (str): Name in ``STATE_MATRICES``. Defaults to ``'neg_exp'``.
-        **options (Any): Further arguments of that class.
+        **options (Any): Further arguments of that class; those that begin
+            with ``ptd_`` are fields of :class:`Perturbation`.
 
     Returns:
         StateMatrix: The module.
@@ -71,4 +79,4 @@ def build_state_matrix(
             f'state_matrix type must be one of {sorted(STATE_MATRICES)}, '
             f'got {type!r}'
         )
-    return STATE_MATRICES[type](d_inner, d_state, **options)
+    return STATE_MATRICES[type](d_inner, d_state, **pack_perturbation(options))

@@ -9,14 +9,27 @@ from mmstabvim.layers.state_matrix.base import (
     Params,
     ScanMatrices,
     StateMatrix,
+    autocast_off,
 )
 from mmstabvim.layers.state_matrix.constraints import (
     EigenvalueClamping,
     SpectralNormalization,
 )
+from mmstabvim.layers.state_matrix.fixed_basis import (
+    FixedBasis,
+    InputBias,
+    as_complex,
+)
+from mmstabvim.layers.state_matrix.initialization import (
+    check_init,
+    diagonal_start,
+)
 from mmstabvim.stability.clamping import clamp_real_part, straight_through
+from mmstabvim.stability.eigenbasis import condition_number
+from mmstabvim.stability.hippo import s4d_real
 from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.normalization import log_radius_scale
+from mmstabvim.stability.perturbation import Perturbation
 
 
 class DiagonalStateMatrix(StateMatrix):
@@ -48,16 +61,21 @@ class NegExpStateMatrix(DiagonalStateMatrix):
     Args:
         d_inner (int): Channels.
         d_state (int): State size N.
+        init (str): ``'s4d_real'``, as the eigenvalues are real. Defaults to
+            it.
 
     Source: arXiv:2206.11893, Sec. 4 (S4D-Real).
     """
 
     can_be_unstable = False
 
-    def __init__(self, d_inner: int, d_state: int) -> None:
+    def __init__(
+        self, d_inner: int, d_state: int, init: str = 's4d_real'
+    ) -> None:
         super().__init__(d_inner, d_state)
-        modes = torch.arange(1, d_state + 1, dtype=torch.float32)
-        self.A_log = nn.Parameter(modes.log().repeat(d_inner, 1))
+        check_init(init, 'neg_exp')
+        rates = -s4d_real(d_state, torch.float32)
+        self.A_log = nn.Parameter(rates.log().repeat(d_inner, 1))
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Of (A_log,): real, (d_inner, d_state)."""
@@ -90,12 +108,17 @@ class SignedStateMatrix(DiagonalStateMatrix):
     Args:
         d_inner (int): Channels.
         d_state (int): State size N.
+        init (str): ``'s4d_real'``, as the eigenvalues are real. Defaults to
+            it.
     """
 
-    def __init__(self, d_inner: int, d_state: int) -> None:
+    def __init__(
+        self, d_inner: int, d_state: int, init: str = 's4d_real'
+    ) -> None:
         super().__init__(d_inner, d_state)
-        modes = torch.arange(1, d_state + 1, dtype=torch.float32)
-        self.A = nn.Parameter(-modes.repeat(d_inner, 1))
+        check_init(init, 'signed')
+        values = s4d_real(d_state, torch.float32)
+        self.A = nn.Parameter(values.repeat(d_inner, 1))
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Of (A,): A itself, (d_inner, d_state)."""
@@ -116,34 +139,78 @@ class SignedStateMatrix(DiagonalStateMatrix):
 class ComplexStateMatrix(DiagonalStateMatrix):
     """Complex diagonal; a stored eigenvalue stands for a conjugate pair.
 
-    Initialized to S4D-Lin: ``-1/2 + i pi n``. B_t and C_t are complex, so
-    their projections are twice as wide, and the output is ``2 Re(sum C h)``.
+    B_t and C_t are complex, so their projections are twice as wide, and the
+    output is ``2 Re(sum C h)``.
+
+    With a basis the eigenvalues are all those of a real matrix ``X
+    diag(lambda) X^-1``, B_t and C_t are real and change to the eigenbasis X,
+    and the output is ``Re(sum C h)``: the start is the selective SSM of that
+    matrix. X stays as it is in training, and is kept in checkpoints.
 
     Args:
         d_inner (int): Channels.
-        d_state (int): Stored eigenvalues, each for two real states.
+        d_state (int): Stored eigenvalues, each for two real states; with a
+            basis each for one.
         real_part (str): ``'neg_exp'``: the real part is ``-exp(log_re)``;
             ``'free'``: the parameter ``re`` itself, of any sign. Defaults to
             ``'neg_exp'``.
+        init (str): ``'s4d_lin'``, ``'s4d_inv'``, ``'s4d_legs'`` or ``'ptd'``,
+            which starts with the d_state eigenvalues of a perturbed
+            HiPPO-LegS. Defaults to ``'s4d_lin'``.
+        with_basis (bool, optional): Keep the eigenbasis of ``'ptd'``; without
+            it B_t and C_t are complex and only the eigenvalues are PTD's. The
+            others have none. Defaults to None, for with ``'ptd'`` only.
+        hippo_bias (bool): Add to each B_t a trainable constant that starts
+            at HiPPO's B over N; of ``'s4d_legs'`` and ``'ptd'``. Defaults to
+            False.
+        ptd (Perturbation, optional): How ``'ptd'`` perturbs; in configs its
+            fields are options such as ``ptd_norm=0.4``. Defaults to None, for
+            its defaults.
 
-    Source: arXiv:2206.11893, Eq. 9 (S4D-Lin).
+    Raises:
+        ValueError: If a choice is unknown, or does not go with the others.
+
+    Source: arXiv:2206.11893, Sec. 4, for S4D; arXiv:2310.01698 for PTD.
     """
 
     multiplicity, numbers = 2, 2
 
     def __init__(
-        self, d_inner: int, d_state: int, real_part: str = 'neg_exp'
+        self,
+        d_inner: int,
+        d_state: int,
+        real_part: str = 'neg_exp',
+        init: str = 's4d_lin',
+        with_basis: bool | None = None,
+        hippo_bias: bool = False,
+        ptd: Perturbation | None = None,
     ) -> None:
         super().__init__(d_inner, d_state)
         check_choice('real_part', real_part, ('neg_exp', 'free'))
+        check_init(init, 'complex')
+        if with_basis and init != 'ptd':
+            raise ValueError(f"with_basis needs init='ptd', got {init!r}")
         self.can_be_unstable = real_part == 'free'
-        half = torch.full((d_inner, d_state), 0.5)
+        start = diagonal_start(init, d_state, with_basis is not False, ptd)
+        if hippo_bias and start.input_matrix is None:
+            raise ValueError(
+                f"hippo_bias needs init='s4d_legs' or 'ptd', got {init!r}"
+            )
+        values = start.eigenvalues.to(
+            torch.get_default_device(), torch.get_default_dtype().to_complex()
+        )
+        re = values.real.repeat(d_inner, 1)
         if self.can_be_unstable:
-            self.re = nn.Parameter(-half)
+            self.re = nn.Parameter(re)
         else:
-            self.log_re = nn.Parameter(half.log())
-        modes = torch.arange(d_state, dtype=torch.float32)
-        self.im = nn.Parameter(math.pi * modes.repeat(d_inner, 1))
+            self.log_re = nn.Parameter((-re).log())
+        self.im = nn.Parameter(values.imag.repeat(d_inner, 1))
+        self.basis = self.input_bias = None
+        if start.vectors is not None:
+            self.basis = FixedBasis(start.vectors)
+            self.multiplicity = self.numbers = 1
+        if hippo_bias and start.input_matrix is not None:
+            self.input_bias = InputBias(start.input_matrix)
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Of (log_re or re, im): complex, (d_inner, d_state)."""
@@ -151,9 +218,27 @@ class ComplexStateMatrix(DiagonalStateMatrix):
         return torch.complex(re if self.can_be_unstable else -re.exp(), im)
 
     def scan_matrices(self, B: Tensor, C: Tensor) -> ScanMatrices:
-        """B and C from interleaved real and imaginary parts."""
-        B, C = (_as_complex(m)[:, :, None] for m in (B, C))
+        """B and C as complex numbers, in the eigenbasis if there is one."""
+        if self.input_bias is not None:
+            B = self.input_bias(B)
+        if self.basis is not None:
+            with autocast_off(self):
+                B, C = self.basis(B, C)
+        B, C = (as_complex(m)[:, :, None] for m in (B, C))
         return ScanMatrices(self.eigenvalues(), B, C)
+
+    def dense_of(self, params: Params) -> Tensor:
+        """Complex matrices (d_inner, d_state, d_state), 1/step."""
+        values = self.eigenvalues_of(params)
+        if self.basis is None:
+            return torch.diag_embed(values)
+        return self.basis.dense(values)
+
+    def condition(self) -> Tensor:
+        """Condition number of the eigenbasis, a scalar, 1 without one."""
+        if self.basis is None:
+            return super().condition()
+        return condition_number(self.basis.vectors)
 
     def scaled(self, params: Params, scale: Tensor) -> Params:
         """Parameters of ``A / scale``."""
@@ -175,12 +260,6 @@ class ComplexStateMatrix(DiagonalStateMatrix):
         if self.can_be_unstable:
             return clamp_real_part(re, rule.floor, rule.lambda_max), im
         return _clamp_log(re, rule), im
-
-
-def _as_complex(x: Tensor) -> Tensor:
-    """(..., 2 n) interleaved pairs as complex (..., n)."""
-    pairs = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.view_as_complex(pairs.unflatten(-1, (-1, 2)).contiguous())
 
 
 def _lower_log(x: Tensor, rule: SpectralNormalization) -> Tensor:

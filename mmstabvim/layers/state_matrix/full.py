@@ -17,6 +17,10 @@ from mmstabvim.layers.state_matrix.constraints import (
     EigenvalueClamping,
     SpectralNormalization,
 )
+from mmstabvim.layers.state_matrix.initialization import (
+    check_init,
+    full_start,
+)
 from mmstabvim.stability.clamping import (
     clamp_matrix,
     clamp_real_part,
@@ -26,6 +30,7 @@ from mmstabvim.stability.clamping import (
 from mmstabvim.stability.eigenbasis import Eigenbasis, decompose
 from mmstabvim.stability.known_eigenbasis import known_eig
 from mmstabvim.stability.normalization import radius_scale
+from mmstabvim.stability.perturbation import Perturbation
 from mmstabvim.stability.spectral import (
     gelfand_bound,
     spectral_abscissa,
@@ -45,7 +50,10 @@ class FullStateMatrix(StateMatrix):
     matrix is diagonalized instead; failing that the scan runs with the
     matrix exponential.
 
-    Initialized to ``-diag(1, ..., N)`` with ``U = 0`` and a small random V.
+    Initialized to ``-diag(1, ..., N)`` with ``U = 0`` and a small random V;
+    other initializations are blocks too, HiPPO-LegS and PTD in a rotated
+    basis with ``-p p^T`` in the low-rank term. The scan runs HiPPO-LegS
+    perturbed, as any matrix without a usable eigenbasis.
 
     Args:
         d_inner (int): Channels.
@@ -59,9 +67,16 @@ class FullStateMatrix(StateMatrix):
             scan grow with it. Defaults to 1.
         kappa_max (float): Condition number of the eigenbasis above which it
             is not used. Defaults to 1e3.
+        init (str): ``'s4d_real'``, ``'s4d_lin'``, ``'s4d_inv'``,
+            ``'s4d_legs'``, ``'hippo'`` or ``'ptd'``. Defaults to
+            ``'s4d_real'``.
+        ptd (Perturbation, optional): How ``'ptd'`` perturbs the blocks; in
+            configs its fields are options such as ``ptd_norm=0.4``. Defaults
+            to None, for its defaults.
 
     Raises:
-        ValueError: If a size does not divide, or is out of range.
+        ValueError: If a size does not divide or is out of range, or the
+            structure cannot hold the initialization.
 
     Source: arXiv:2111.00396 for diagonal plus low rank; arXiv:2310.01698 for
     the perturbation.
@@ -80,6 +95,8 @@ class FullStateMatrix(StateMatrix):
         rank: int = 1,
         groups: int = 1,
         kappa_max: float = 1e3,
+        init: str = 's4d_real',
+        ptd: Perturbation | None = None,
     ) -> None:
         super().__init__(d_inner, d_state)
         _check_divides('block_size', block_size, 'd_state', d_state)
@@ -94,8 +111,9 @@ class FullStateMatrix(StateMatrix):
             )
         self.block_size, self.rank, self.groups = block_size, rank, groups
         self.kappa_max = kappa_max
-        modes = torch.arange(1, d_state + 1, dtype=torch.float32)
-        blocks = torch.diag_embed(-modes.unflatten(0, (-1, block_size)))
+        check_init(init, 'full')
+        start = full_start(init, d_state, block_size, rank, kappa_max, ptd)
+        blocks = start.blocks.to(torch.get_default_device(), torch.float32)
         self.blocks = nn.Parameter(blocks.repeat(groups, 1, 1, 1))
         if rank:
             self.U = nn.Parameter(torch.zeros(groups, d_state, rank))
@@ -103,6 +121,10 @@ class FullStateMatrix(StateMatrix):
             self.V = nn.Parameter(
                 0.1 * d_state**-0.5 * torch.randn(groups, d_state, rank)
             )
+        if start.rank_one is not None:
+            with torch.no_grad():
+                self.U[..., 0].copy_(-start.rank_one)
+                self.V[..., 0].copy_(start.rank_one)
         self._known: _Known | None = None
 
     # ------------------------------------------- what the forward pass uses

@@ -113,7 +113,8 @@ class VisionMamba(BaseModule):
             None: without.
         state_matrix (dict, optional): Parametrization of the state matrix:
             ``type`` is ``'neg_exp'`` (as published), ``'signed'``,
-            ``'complex'`` or ``'full'``, the rest its options (see
+            ``'complex'`` or ``'full'``, ``init`` the eigenvalues with which
+            it starts (docs/initialization.md), the rest its options (see
             :mod:`mmstabvim.layers.state_matrix`). ``dict(type='neg_exp')`` if
             None. Defaults to None.
         b_disc (str): Discretization of B, ``'euler'`` as published, or
