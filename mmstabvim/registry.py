@@ -7,22 +7,29 @@ cheap.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 import mmengine.registry
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import METRICS as MMENGINE_METRICS
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+)
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='mmstabvim',
-    locations=['mmstabvim.models'],
+    locations=['mmstabvim.models', 'mmstabvim.evaluation'],
 )
 HOOKS = Registry(
     'hook',
@@ -36,12 +43,81 @@ OPTIM_WRAPPERS = Registry(
     scope='mmstabvim',
     locations=['mmstabvim.engine'],
 )
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmstabvim',
+    locations=['mmstabvim.engine'],
+)
 DATASETS = Registry(
     'dataset',
     parent=MMENGINE_DATASETS,
     scope='mmstabvim',
     locations=['mmstabvim.datasets'],
 )
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope='mmstabvim',
+    locations=['mmstabvim.datasets'],
+)
+METRICS = Registry(
+    'metric',
+    parent=MMENGINE_METRICS,
+    scope='mmstabvim',
+    locations=['mmstabvim.evaluation'],
+)
+
+
+def register_of_mmseg(
+    package: str, classes: dict[str, tuple[str, Registry]]
+) -> Callable[[str], Any]:
+    """Register classes of MMSegmentation's kind without importing it.
+
+    Users of MMPretrain need not have it, and importing it takes seconds. So
+    each name is entered with a function that imports the class and calls it.
+
+    Args:
+        package (str): Name of the package that exports the classes.
+        classes (dict): Name of a class to its module and its registry.
+
+    Returns:
+        Callable: ``__getattr__`` of the package, which imports a class on
+        first use.
+    """
+
+    def load(name: str) -> Any:
+        if name not in classes:
+            raise AttributeError(
+                f'module {package!r} has no attribute {name!r}'
+            )
+        return _load_of_mmseg(name, classes[name][0])
+
+    for name, (_, registry) in classes.items():
+        registry.register_module(name=name, module=_builder(load, name))
+    return load
+
+
+def _load_of_mmseg(name: str, module: str) -> Any:
+    """Import a class; where its toolkit is missing, say what to install."""
+    try:
+        return getattr(import_module(module), name)
+    except ModuleNotFoundError as error:
+        if (error.name or '').split('.')[0] not in ('mmcv', 'mmseg'):
+            raise
+        raise ImportError(
+            f'mmstabvim.{name} needs MMSegmentation: pip install '
+            f"'mmsegmentation>=1.2' mmcv-lite ({error})"
+        ) from error
+
+
+def _builder(load: Callable[[str], Any], name: str) -> Callable[..., Any]:
+    """A function that stands for the class ``name`` in a registry."""
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return load(name)(*args, **kwargs)
+
+    return build
 
 
 def suggest_types(error: KeyError) -> str | None:

@@ -3,17 +3,27 @@
 from mmstabvim.engine.hooks import (
     DivergenceHook,
     EigenvalueClampingHook,
+    ModelForMetricsHook,
     RandomStateHook,
+    SegmentationDataCheckHook,
     SpectralNormalizationHook,
     StabilityLossHook,
     StabilityMonitorHook,
+    StableRankHook,
+    WeightSpectralNormHook,
 )
+from mmstabvim.engine.optimizers import LayerDecayOptimWrapperConstructor
 
 __all__ = [
     'DivergenceHook',
     'EigenvalueClampingHook',
+    'LayerDecayOptimWrapperConstructor',
+    'ModelForMetricsHook',
     'RandomStateHook',
+    'SegmentationDataCheckHook',
     'SpectralNormalizationHook',
     'StabilityLossHook',
     'StabilityMonitorHook',
+    'StableRankHook',
+    'WeightSpectralNormHook',
 ]

@@ -3,20 +3,17 @@
 import copy
 import logging
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from small_runs import (
-    ROOT,
     digits_config,
     scalars,
     train,
+    train_in_two_processes,
     without_randomness,
 )
 from torch import nn
@@ -314,54 +311,12 @@ def test_fine_tuning_takes_the_radii_it_starts_with(config, tmp_path):
 # ---------------------------------------------------------- two processes
 
 
-WEIGHTS_OF_RANKS = """
-import torch
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
-
-@HOOKS.register_module()
-class WeightsOfRanks(Hook):
-    def after_train_epoch(self, runner):
-        path = f'{runner.work_dir}/rank{get_rank()}.pth'
-        torch.save(runner.model.module.state_dict(), path)
-"""
-
-
-def test_two_processes_stay_equal(config, tmp_path, monkeypatch):
+def test_two_processes_stay_equal(config, tmp_path):
     """Bit by bit, with all three stabilizers."""
-    (tmp_path / 'weights_of_ranks.py').write_text(WEIGHTS_OF_RANKS)
-    config.custom_imports.imports += ['weights_of_ranks']
     config.model.backbone.state_matrix = dict(MATRICES['full'])
-    config.custom_hooks = [
-        dict(type='mmengine.WeightsOfRanks'),
-        dict(SN, rho_max=3.0),
-        EC,
-        dict(SP, eps=-2.5),
-    ]
+    config.custom_hooks = [dict(SN, rho_max=3.0), EC, dict(SP, eps=-2.5)]
     config.train_dataloader.batch_size = 8
-    path = tmp_path / 'two.py'
-    config.dump(path)
-    here = str(Path(sys.executable).parent)
-    done = subprocess.run(
-        ['bash', 'tools/dist_train.sh', str(path), '2'],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=dict(
-            os.environ,
-            PATH=os.pathsep.join([here, os.environ['PATH']]),
-            PYTHONPATH=os.pathsep.join(
-                [str(tmp_path), os.environ.get('PYTHONPATH', '')]
-            ),
-            PORT='29643',
-        ),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = (
-        torch.load(f'{config.work_dir}/rank{rank}.pth') for rank in range(2)
-    )
+    a, b = train_in_two_processes(config, tmp_path, port=29643)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert min(scalars(config, 'loss_stab').values()) > 0
 

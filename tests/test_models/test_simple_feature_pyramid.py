@@ -7,7 +7,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from mmstabvim import SimpleFeaturePyramid
-from mmstabvim.models.segmentor_check import check_segmentor
+from mmstabvim.engine.segmentor_check import check_segmentor
 
 ARCH = dict(embed_dims=8, num_layers=4, d_state=4)
 BN = dict(type='BN')
@@ -307,8 +307,9 @@ MISMATCHES = [
 @pytest.mark.parametrize(('kwargs', 'message'), MISMATCHES)
 def test_what_does_not_match_is_found_before_training(kwargs, message):
     model = segmentor(**dict(heads=HEADS['uper']) | kwargs)
-    with pytest.raises(ValueError, match=message):
-        check_segmentor(model)
+    for wrapped in (model, nn.DataParallel(model)):
+        with pytest.raises(ValueError, match=message):
+            check_segmentor(wrapped)
 
 
 def test_heads_without_a_neck_are_checked_against_the_backbone():

@@ -1,4 +1,4 @@
-"""Put a loss on the parameters into the losses of any model."""
+"""Put a loss on parameters or changed images into those of any model."""
 
 from typing import Any
 
@@ -14,27 +14,69 @@ from mmstabvim.engine.hooks.stabilizer_hook import (
 )
 from mmstabvim.registry import HOOKS, MODELS
 
+CHECKPOINT_KEY = 'stability_losses'
+
 
 @HOOKS.register_module()
 class StabilityLossHook(Hook):
-    """Add ``loss_stab`` to what a model's ``forward(mode='loss')`` returns.
+    """Add a loss to what a model's ``forward(mode='loss')`` returns.
 
     So it is logged, counted in the total loss, and reduced as the other
     losses are, in MMPretrain, MMSegmentation and under distributed training.
+    Several of these hooks can add different losses; a loss that has a state,
+    such as the vectors of a power iteration, has it in the checkpoint's entry
+    ``stability_losses``.
 
     Args:
-        **loss (Any): Arguments of :class:`mmstabvim.StabilityLoss`; ``type``
-            names another loss that takes the model.
+        loss (dict | nn.Module, optional): Another loss than
+            :class:`mmstabvim.StabilityLoss`, such as
+            ``dict(type='mmstabvim.JacobianLoss', loss_weight=0.01)``: a module
+            that takes the model, and the images too where its attribute
+            ``needs_inputs`` is true. Its attribute ``key`` is its name among
+            the losses. Defaults to None.
+        **arguments (Any): Arguments of :class:`mmstabvim.StabilityLoss`,
+            called ``loss_stab``; not together with ``loss``.
 
     Raises:
-        ValueError: If an argument of the loss is out of range.
+        ValueError: If an argument of the loss is out of range, or both are
+            given.
     """
 
-    key = 'loss_stab'
-
-    def __init__(self, **loss: Any) -> None:
-        self.loss = MODELS.build({'type': 'mmstabvim.StabilityLoss', **loss})
+    def __init__(
+        self,
+        loss: dict[str, Any] | nn.Module | None = None,
+        **arguments: Any,
+    ) -> None:
+        if loss is not None and arguments:
+            raise ValueError(
+                'arguments of the loss belong into loss=dict(type=...), got '
+                f'{sorted(arguments)} beside it'
+            )
+        if not isinstance(loss, nn.Module):
+            settings = loss or arguments
+            loss = MODELS.build(
+                {'type': 'mmstabvim.StabilityLoss', **settings}
+            )
+        self.loss: Any = loss
+        self.key = getattr(loss, 'key', 'loss_stab')
         self._handle: Any = None
+
+    def before_save_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state of the loss, where it has one."""
+        state = self.loss.state_dict()
+        if state:
+            states = checkpoint.setdefault(CHECKPOINT_KEY, {})
+            states[self.key] = state
+
+    def after_load_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Give the loss the state that it had."""
+        state = checkpoint.get(CHECKPOINT_KEY, {}).get(self.key)
+        if state:
+            self.loss.load_state_dict(state)
 
     def before_train(self, runner: Runner) -> None:
         """Hook into the model, below its wrapper for distributed training."""
@@ -66,7 +108,10 @@ class StabilityLossHook(Hook):
                 f'the model returns a loss {self.key!r} of its own: '
                 'StabilityLossHook cannot add another'
             )
-        return {**output, self.key: self.loss(model)}
+        if not getattr(self.loss, 'needs_inputs', False):
+            return {**output, self.key: self.loss(model)}
+        inputs = kwargs.get('inputs', args[0] if args else None)
+        return {**output, self.key: self.loss(model, inputs)}
 
     def _say_if_idle(self, runner: Runner) -> None:
         """A penalty that can only be zero is worth a warning."""

@@ -4,14 +4,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
-from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 from torch.optim import Optimizer
 
+from mmstabvim.engine.hooks.after_step_hook import (
+    AfterStepHook,
+    optimizers_with,
+)
 from mmstabvim.layers.state_matrix import (
     Constraint,
     StateMatrix,
@@ -23,7 +25,7 @@ from mmstabvim.stability.inputs import check_choice
 MODES = ('project', 'reparam')
 
 
-class StabilizerHook(Hook):
+class StabilizerHook(AfterStepHook):
     """Make every state matrix of the model obey a rule during training.
 
     ``mode='project'`` changes the parameters in place, once before training
@@ -39,18 +41,15 @@ class StabilizerHook(Hook):
         mode (str): ``'project'`` or ``'reparam'``.
     """
 
-    # before EMAHook, whose averages are projected before it swaps them in
-    priority = 'ABOVE_NORMAL'
-
     rule: Constraint
     """What the hook asks for."""
 
     def __init__(self, mode: str) -> None:
+        super().__init__()
         check_choice('mode', mode, MODES)
         self.mode = mode
         self.measuring = False
         self.measured: dict[str, dict[str, torch.Tensor]] = {}
-        self._handles: list[Any] = []
 
     # ----------------------------------------------------- of a stabilizer
 
@@ -76,17 +75,7 @@ class StabilizerHook(Hook):
             return  # the first one acts for all, in their order
         project(ours, matrices)
         for optimizer in optimizers_of(runner.optim_wrapper, matrices):
-            self._handles.append(
-                optimizer.register_step_post_hook(
-                    lambda *_: project(ours, matrices)
-                )
-            )
-
-    def after_train(self, runner: Runner) -> None:
-        """Disarm, so that a second run does not project twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            self.arm(optimizer, lambda: project(ours, matrices))
 
     def before_val(self, runner: Runner) -> None:
         """The rules of the forward pass hold when a model is evaluated."""
@@ -97,19 +86,11 @@ class StabilizerHook(Hook):
         """As before validation."""
         self.before_val(runner)
 
-    def before_val_epoch(self, runner: Runner) -> None:
-        """Project the averages that EMAHook is about to swap in."""
-        self._project_averages(runner)
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        """As before validation."""
-        self._project_averages(runner)
-
-    def before_save_checkpoint(
-        self, runner: Runner, checkpoint: dict[str, Any]
-    ) -> None:
-        """Project the averages that EMAHook is about to save."""
-        self._project_averages(runner)
+    def act_on_average(self, runner: Runner, model: nn.Module) -> None:
+        """Project averages, which of stable matrices may be unstable."""
+        ours = _hooks(runner, 'project')
+        if ours and ours[0] is self:
+            project(ours, state_matrices(model))
 
     # --------------------------------------------------------------- parts
 
@@ -136,14 +117,6 @@ class StabilizerHook(Hook):
             matrix.reparametrizations = sorted(
                 [*others, rule], key=lambda r: r.order
             )
-
-    def _project_averages(self, runner: Runner) -> None:
-        ours = _hooks(runner, 'project')
-        if not ours or ours[0] is not self:
-            return
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model'):
-                project(ours, state_matrices(hook.ema_model.module))
 
     def _say_if_idle(self, matrices: Mapping[str, StateMatrix]) -> None:
         reasons = {self.why_idle(matrix) for matrix in matrices.values()}
@@ -213,18 +186,8 @@ def optimizers_of(
     wrapper: Any, modules: Mapping[str, nn.Module]
 ) -> Iterator[Optimizer]:
     """The optimizers that train a parameter of these modules."""
-    wrappers = (
-        wrapper.values()
-        if isinstance(wrapper, OptimWrapperDict)
-        else [wrapper]
-    )
-    ours = {
-        id(p) for m in modules.values() for p in m.parameters(recurse=False)
-    }
-    for one in wrappers:
-        groups = one.optimizer.param_groups
-        if any(id(p) in ours for group in groups for p in group['params']):
-            yield one.optimizer
+    own = (p for m in modules.values() for p in m.parameters(recurse=False))
+    return optimizers_with(wrapper, own)
 
 
 def _changes(

@@ -1,0 +1,35 @@
+# Scenes of handwritten digits on a CPU in about five minutes, nothing to
+# download.
+_base_ = [
+    '../_base_/models/upernet_vim_nano_p4.py',
+    '../_base_/datasets/digit_scenes_64x64.py',
+    '../_base_/schedules/no_decay.py',
+    '../_base_/default_runtime_seg.py',
+]
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(
+        type='AdamW', lr=2e-3, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999)
+    ),
+    clip_grad=dict(max_norm=1.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR',
+        eta_min=2e-5,
+        by_epoch=False,
+        begin=100,
+        end=1700,
+    ),
+]
+
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1700, val_interval=425)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+default_hooks = dict(checkpoint=dict(interval=425))
+
+# `--auto-scale-lr` scales the learning rate from this total batch size
+auto_scale_lr = dict(base_batch_size=16)

@@ -1,0 +1,11 @@
+# Vim-tiny with UPerNet on the usual long schedule. Not measured.
+_base_ = [
+    '../_base_/models/upernet_vim_tiny_p16.py',
+    '../_base_/datasets/ade20k_512x512.py',
+    '../_base_/schedules/seg_bs16_adamw_160k.py',
+    '../_base_/default_runtime_seg.py',
+]
+
+train_dataloader = dict(batch_size=2)
+
+default_hooks = dict(checkpoint=dict(interval=16000, save_best='mIoU'))

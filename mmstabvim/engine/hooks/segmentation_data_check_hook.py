@@ -1,0 +1,284 @@
+"""Check images, masks and classes before a segmentation run starts."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmengine.fileio as fileio
+import numpy as np
+from mmengine.fileio import LocalBackend
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from mmstabvim.engine.segmentor_check import check_segmentor
+from mmstabvim.registry import HOOKS
+
+EXIF_ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+# heads that learn something else than the classes of the dataset
+OTHER_TARGETS = ('STDCHead',)
+
+
+@HOOKS.register_module()
+class SegmentationDataCheckHook(Hook):
+    """Refuse data or parts that do not fit before the first iteration.
+
+    Before training the training and the validation set are checked, before a
+    test the test set; inside of wrappers that repeat or join datasets too:
+
+    - there is an image, and each head's ``num_classes`` (that of auxiliary
+      heads too) is the number of the dataset's classes;
+    - each image has a mask, where files are on a local disk;
+    - of up to ``samples`` evenly spaced images: the mask has one channel and
+      the size of its image, and its labels are classes or ignored once
+      ``reduce_zero_label`` and ``label_map`` are applied.
+
+    The model is checked too: what :class:`mmstabvim.VisionMamba` returns must
+    suit the neck and the heads.
+
+    Where a pipeline has no ``LoadAnnotations`` no masks are needed, and only
+    the first half sentence is checked. Of an image only the header is read.
+    Every process checks by itself, so that all of them stop.
+
+    Args:
+        samples (int): Images of each dataset that are looked into; 0 for
+            none. Defaults to 100.
+
+    Raises:
+        TypeError: If ``samples`` is no int.
+        ValueError: If ``samples`` is negative. When the run starts: if
+            something does not fit, with the file or the argument, what was
+            wanted and what was found.
+    """
+
+    # before hooks that do something
+    priority = 'VERY_HIGH'
+
+    def __init__(self, samples: int = 100) -> None:
+        if isinstance(samples, bool) or not isinstance(samples, int):
+            raise TypeError(
+                f'samples must be an int, got {type(samples).__name__}'
+            )
+        if samples < 0:
+            raise ValueError(f'samples must be at least 0, got {samples}')
+        self.samples = samples
+
+    def before_train(self, runner: Runner) -> None:
+        """Check what is trained and validated on."""
+        check_segmentor(runner.model)
+        self._check(runner, 'training', runner.train_dataloader.dataset)
+        if runner.val_loop is not None:
+            self._check(runner, 'validation', runner.val_dataloader.dataset)
+
+    def before_test(self, runner: Runner) -> None:
+        """Check what is tested on."""
+        check_segmentor(runner.model)
+        self._check(runner, 'test', runner.test_dataloader.dataset)
+
+    def _check(self, runner: Runner, purpose: str, dataset: Any) -> None:
+        """Check a dataset or those that it wraps."""
+        heads = dict(_heads(runner.model))
+        for leaf in _leaves(dataset):
+            name = f'{purpose} data ({type(leaf).__name__})'
+            if not len(leaf):
+                raise ValueError(
+                    f'{name}: wanted images, got none in {_folders(leaf)}'
+                )
+            if _reads_masks(leaf.pipeline):
+                done = self._check_masks(name, leaf, heads)
+            else:
+                done = 'its pipeline loads no masks, so none were checked'
+            runner.logger.info(f'{name}: {len(leaf)} images; {done}')
+
+    def _check_masks(
+        self, name: str, dataset: Any, heads: dict[str, Any]
+    ) -> str:
+        """Check classes, files and some pixels; say what was looked at."""
+        num_classes = len(dataset.metainfo.get('classes') or ())
+        if num_classes:
+            _check_num_classes(name, num_classes, heads)
+        _check_files(name, dataset)
+        ignored = {getattr(h, 'ignore_index', 255) for h in heads.values()}
+        ignored = ignored or {getattr(dataset, 'ignore_index', 255)}
+        count = min(self.samples, len(dataset))
+        for number in range(count):
+            info = dataset.get_data_info(number * len(dataset) // count)
+            mask = _read_mask(name, dataset, info)
+            if num_classes:
+                _check_labels(name, info, mask, num_classes, ignored)
+        return f'size and labels of {count} masks fit'
+
+
+def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Heads that learn the dataset's classes, of a model in any wrapper."""
+    inner = getattr(model, 'module', None)
+    if not hasattr(model, 'decode_head') and isinstance(inner, nn.Module):
+        yield from _heads(inner)
+        return
+    for name in ('decode_head', 'auxiliary_head'):
+        head = getattr(model, name, None)
+        heads = {name: head}
+        if isinstance(head, nn.ModuleList):
+            heads = {f'{name}[{i}]': part for i, part in enumerate(head)}
+        for path, part in heads.items():
+            own = type(part).__name__ in OTHER_TARGETS
+            if hasattr(part, 'num_classes') and not own:
+                yield path, part
+
+
+def _leaves(dataset: Any) -> Iterator[Any]:
+    """Datasets inside of wrappers that join, repeat or mix."""
+    inner = getattr(dataset, 'datasets', None)
+    if inner is None and hasattr(dataset, 'dataset'):
+        inner = [dataset.dataset]
+    if inner is None:
+        yield dataset
+    for part in inner or ():
+        yield from _leaves(part)
+
+
+def _reads_masks(node: Any) -> bool:
+    """Whether a pipeline loads masks from files, perhaps in a branch."""
+    # here, because it is slow to import
+    from mmcv.transforms import LoadAnnotations
+
+    if isinstance(node, (list, tuple)):
+        return any(_reads_masks(child) for child in node)
+    if isinstance(node, LoadAnnotations):
+        return node.with_seg
+    children = ('transforms', 'subroutines')
+    return any(_reads_masks(getattr(node, name, ())) for name in children)
+
+
+def _check_num_classes(
+    name: str, num_classes: int, heads: dict[str, Any]
+) -> None:
+    """Raise ValueError where a head has another number of classes."""
+    for path, head in heads.items():
+        if head.num_classes != num_classes:
+            raise ValueError(
+                f'model.{path}.num_classes must be {num_classes}, the number '
+                f'of classes of the {name}, got {head.num_classes}'
+            )
+
+
+def _check_files(name: str, dataset: Any) -> None:
+    """Raise ValueError where images or masks on a local disk are missing."""
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    for what, key in (('image', 'img_path'), ('mask', 'seg_map_path')):
+        paths = [info.get(key) for info in infos]
+        missing = [
+            i for i, path in enumerate(paths) if not _exists(dataset, path)
+        ]
+        if missing:
+            info = infos[missing[0]]
+            raise ValueError(
+                f'{name}: {len(missing)} of {len(infos)} images have no '
+                f'{what} file; the first is {info.get("img_path")}, whose '
+                f'{what} must be {info.get(key)}; folders: '
+                f'{_folders(dataset)}'
+            )
+
+
+def _exists(dataset: Any, path: str | None) -> bool:
+    """Whether there is a file; one that is not local passes."""
+    if not path:
+        return False
+    backend = fileio.get_file_backend(
+        path,
+        backend_args=getattr(dataset, 'backend_args', None),
+        enable_singleton=True,
+    )
+    return not isinstance(backend, LocalBackend) or backend.isfile(path)
+
+
+def _folders(dataset: Any) -> str:
+    """Where a dataset looks for its files, for a message."""
+    prefix = getattr(dataset, 'data_prefix', None) or {}
+    folders = [f'{key}={path!r}' for key, path in prefix.items() if path]
+    return ', '.join(folders) or 'no folder given'
+
+
+def _read_mask(name: str, dataset: Any, info: dict) -> np.ndarray:
+    """Read a mask of one channel that has the size of its image."""
+    image_path, mask_path = info['img_path'], info['seg_map_path']
+    mask = _open(name, dataset, mask_path)
+    image = _open(name, dataset, image_path)
+    if mask is None:
+        raise ValueError(f'{name}: mask {mask_path} is of an unknown format')
+    if len(mask.getbands()) != 1:
+        raise ValueError(
+            f'{name}: mask {mask_path} must have one channel, a label for '
+            f'each pixel, got {len(mask.getbands())} ({mask.mode})'
+        )
+    if image is not None and mask.size != _upright_size(image):
+        raise ValueError(
+            f'{name}: mask {mask_path} must be of the size of its image '
+            f'{image_path}, {_upright_size(image)} pixels (width, height), '
+            f'got {mask.size}'
+        )
+    return np.asarray(mask)
+
+
+def _open(name: str, dataset: Any, path: str) -> Image.Image | None:
+    """Read an image's header; None where Pillow does not know the format."""
+    backend_args = getattr(dataset, 'backend_args', None)
+    content = io.BytesIO(fileio.get(path, backend_args=backend_args))
+    try:
+        return Image.open(content)
+    except UnidentifiedImageError as error:
+        if Path(path).suffix.lower() not in Image.registered_extensions():
+            return None
+        raise ValueError(f'{name}: {path} cannot be read as image') from error
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height once the camera's orientation is applied."""
+    width, height = image.size
+    if image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
+        return height, width
+    return width, height
+
+
+def _check_labels(
+    name: str,
+    info: dict,
+    mask: np.ndarray,
+    num_classes: int,
+    ignored: set[int],
+) -> None:
+    """Raise ValueError where a mask's label is no class and not ignored."""
+    wrong = {}
+    for label, count in zip(*_count_labels(mask), strict=True):
+        used = _loaded_label(info, label)
+        if not (0 <= used < num_classes or used in ignored):
+            wrong[label] = count
+    if wrong:
+        also = ', '.join(map(str, sorted(ignored)))
+        raise ValueError(
+            f'{name}: mask {info["seg_map_path"]} must hold labels that '
+            f'become 0 to {num_classes - 1} or {also} (ignored), got '
+            f'{sorted(wrong)} in {sum(wrong.values())} pixels '
+            f'(reduce_zero_label={bool(info.get("reduce_zero_label"))}, '
+            f'label_map={info.get("label_map")})'
+        )
+
+
+def _count_labels(mask: np.ndarray) -> tuple[list[int], list[int]]:
+    """Labels of a mask and in how many pixels they are."""
+    if mask.dtype == np.uint8:  # quicker than to sort the pixels
+        counts = np.bincount(mask.ravel())
+        labels = np.flatnonzero(counts)
+        return labels.tolist(), counts[labels].tolist()
+    labels, counts = np.unique(mask.astype(np.int64), return_counts=True)
+    return labels.tolist(), counts.tolist()
+
+
+def _loaded_label(info: dict, label: int) -> int:
+    """What ``LoadAnnotations`` makes of a label in a file."""
+    if info.get('reduce_zero_label'):
+        label = 255 if label in (0, 255) else label - 1
+    return (info.get('label_map') or {}).get(label, label)

@@ -1,0 +1,173 @@
+"""Stable rank of kernels by descent on the sphere, as published.
+
+Kept to compare with: the objective replaces the largest gain by a smooth
+bound above it and penalises the distance, so its minimum misses the stable
+rank that was asked for.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmstabvim.stability.kernel_spectrum import (
+    Size,
+    check_kernels,
+    kernel_stable_rank,
+    phases,
+    squared_gains,
+)
+from mmstabvim.stability.sphere import random_points, to_sphere
+
+
+class Descent(NamedTuple):
+    """End of a descent.
+
+    Attributes:
+        kernels (Tensor): (..., taps), scaled to the largest singular value of
+            the given ones; float64.
+        stable_rank (Tensor): (...), what was reached.
+        gain_ratio (Tensor): (...), largest singular value before that scaling
+            over the given one: 1 only if the stable rank was met.
+        point (Tensor): (M, q), last point on the unit sphere.
+    """
+
+    kernels: Tensor
+    stable_rank: Tensor
+    gain_ratio: Tensor
+    point: Tensor
+
+
+class SphereObjective:
+    """``h(z) = (g(z) - N / r)^2 + penalty N ||sqrt(r M^2 / N) z - a||^2``.
+
+    ``g`` is the log-sum-exp of the squared gains with sharpness ``alpha``; it
+    exceeds the largest by up to ``ln(N) / alpha``.
+
+    Args:
+        kernels (Tensor): (..., taps) or (..., taps, taps), the given a.
+        size (int or Sequence[int]): Length, or rows and columns; N points.
+        rank (float): Target r of the stable rank, > 0.
+        alpha (float): Sharpness, > 0. Defaults to 10.0.
+        penalty (float): Weight of the distance, >= 0. Defaults to 0.1.
+
+    Raises:
+        ValueError: As :func:`check_kernels`, or if a number is out of range.
+
+    Source: Zheng et al., Analysis of the Stable Rank Normalization for
+    Convolutional Kernels, Eq. 14 and 16.
+    """
+
+    def __init__(
+        self,
+        kernels: Tensor,
+        size: Size,
+        rank: float,
+        alpha: float = 10.0,
+        penalty: float = 0.1,
+    ) -> None:
+        shape = check_kernels(kernels, size)
+        if not (rank > 0 and alpha > 0 and penalty >= 0):
+            raise ValueError(
+                'want rank > 0, alpha > 0, penalty >= 0, got '
+                f'rank={rank}, alpha={alpha}, penalty={penalty}'
+            )
+        taps = kernels.shape[-len(shape) :]
+        self.given = kernels.double().reshape(-1, math.prod(taps))
+        angle = phases(taps, shape).to(kernels.device)
+        self._waves = torch.cat([angle.cos(), angle.sin()])  # (2 N, q)
+        self._points, self.alpha = math.prod(shape), alpha
+        self._weight = penalty * self._points
+        self._level = self._points / rank
+        peak = squared_gains(kernels, shape).amax(-1).reshape(-1, 1)
+        self.radius = (rank * peak / self._points).sqrt()  # (M, 1)
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Values (M,) and Euclidean gradients (M, q) at z (M, q)."""
+        parts = z @ self._waves.mT  # (M, 2 N)
+        gains = parts.square().unflatten(-1, (2, -1)).sum(-2)
+        scaled = self.alpha * gains
+        excess = scaled.logsumexp(-1) / self.alpha - self._level
+        share = scaled.softmax(-1).repeat(1, 2)
+        slope = 2 * (share * parts) @ self._waves
+        off = self.radius * z - self.given
+        value = excess.square() + self._weight * off.square().sum(-1)
+        pull = 2 * self._weight * self.radius * off
+        return value, 2 * excess[:, None] * slope + pull
+
+
+@torch.no_grad()
+def sphere_descent(
+    kernels: Tensor,
+    size: Size,
+    rank: float,
+    alpha: float = 10.0,
+    penalty: float = 0.1,
+    step: float = 1e-3,
+    steps: int = 20_000,
+    seed: int = 0,
+    start: Tensor | None = None,
+    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Descent:
+    """Riemannian gradient descent for kernels of a given stable rank.
+
+    Each step follows the gradient in the tangent plane and goes back to the
+    sphere. All kernels descend at once.
+
+    Args:
+        kernels (Tensor): (..., taps) or (..., taps, taps), not zero.
+        size (int or Sequence[int]): Length, or rows and columns; N points.
+        rank (float): Target of the stable rank.
+        alpha (float): As in :class:`SphereObjective`. Defaults to 10.0.
+        penalty (float): As there. Defaults to 0.1.
+        step (float): Step size, > 0. Defaults to 1e-3.
+        steps (int): Number of steps, >= 0. Defaults to 20000.
+        seed (int): Of the random start. Defaults to 0.
+        start (Tensor, optional): Start on the unit sphere, (M, q), instead.
+        callback (Callable, optional): Called with the number, the values (M,)
+            and the point (M, q) before each step and at the end.
+
+    Returns:
+        Descent: The kernels and what they reached.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source: Zheng et al., Analysis of the Stable Rank Normalization for
+    Convolutional Kernels, Eq. 16 to 19.
+    """
+    if not (step > 0 and steps >= 0):
+        raise ValueError(
+            f'want step > 0, steps >= 0, got step={step}, steps={steps}'
+        )
+    objective = SphereObjective(kernels, size, rank, alpha, penalty)
+    given = objective.given
+    if start is None:
+        start = random_points(len(given), given.shape[1], seed)
+    if start.shape != given.shape:
+        raise ValueError(
+            f'start must be {tuple(given.shape)}, got {tuple(start.shape)}'
+        )
+    z = start.to(given)
+    for number in range(steps + 1):
+        value, gradient = objective.value_and_gradient(z)
+        if callback is not None:
+            callback(number, value, z)
+        if number == steps:
+            break
+        inward = (gradient * z).sum(-1, keepdim=True) * z
+        z = to_sphere(z - step * (gradient - inward))
+    return _end(kernels, size, objective, z)
+
+
+def _end(
+    kernels: Tensor, size: Size, objective: SphereObjective, z: Tensor
+) -> Descent:
+    """Scale the last point, and measure it."""
+    found = (objective.radius * z).reshape(kernels.shape)
+    wanted = squared_gains(kernels, size).amax(-1)
+    ratio = (squared_gains(found, size).amax(-1) / wanted).sqrt()
+    scale = ratio.reshape(*ratio.shape, *[1] * (kernels.dim() - ratio.dim()))
+    return Descent(found / scale, kernel_stable_rank(found, size), ratio, z)

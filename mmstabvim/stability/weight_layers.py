@@ -1,0 +1,375 @@
+"""Layers chosen by name, and the norms of their weights, shape by shape."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mmstabvim.stability.inputs import check_choice, real_dtype
+from mmstabvim.stability.normalization import radius_scale
+from mmstabvim.stability.weight_norms import (
+    conv_norm_bound,
+    overlap_factor,
+    power_iteration,
+    spectral_norm,
+    start_vector,
+)
+
+KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RULES = ('bound', 'divide')
+START_STEPS = 15
+"""Steps of power iteration that a start vector gets before it is used."""
+
+
+def find_layers(
+    model: nn.Module, patterns: Sequence[str]
+) -> dict[str, nn.Module]:
+    """Linear and convolution layers of a model whose names match.
+
+    A pattern matches whole parts of a dotted name: ``'in_proj'`` every layer
+    of that name and every layer below a module of that name,
+    ``'layers.0.mixer'`` all of one mixer. ``*`` stands for anything, dots
+    too, so ``'*head'`` finds ``head.fc`` and ``decode_head.conv_seg``.
+
+    Args:
+        model (nn.Module): Any model.
+        patterns (Sequence[str]): At least one.
+
+    Returns:
+        dict[str, nn.Module]: By name, in the order of ``named_modules``. Of
+        layers that share a weight the first.
+
+    Raises:
+        ValueError: If there is no pattern, or one matches no such layer; near
+            names are listed.
+    """
+    if isinstance(patterns, str) or not patterns:
+        raise ValueError(
+            f'layers must be a list of name patterns, got {patterns!r}'
+        )
+    known = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, KINDS)
+    }
+    chosen = set()
+    for pattern in patterns:
+        found = {name for name in known if _matches(name, pattern)}
+        if not found:
+            raise ValueError(_no_match(model, known, pattern))
+        chosen |= found
+    owners: dict[int, str] = {}
+    for name in known:
+        if name in chosen:
+            owners.setdefault(id(weight_parameter(known[name])), name)
+    return {name: known[name] for name in owners.values()}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(f'.{name}.', f'*.{pattern}.*')
+
+
+def _no_match(
+    model: nn.Module, known: Mapping[str, nn.Module], pattern: str
+) -> str:
+    """Error message that lists near names."""
+    parts = dict.fromkeys(part for name in known for part in name.split('.'))
+    names = [part for part in parts if not part.isdigit()]
+    near = difflib.get_close_matches(pattern, [*names, *known], 5, 0.5)
+    return (
+        f'layers: the pattern {pattern!r} matches no linear or convolution '
+        f'layer of {type(model).__name__}; '
+        + (f'near names: {near}' if near else f'names: {names}')
+    )
+
+
+def weight_parameter(layer: nn.Module) -> nn.Parameter:
+    """The parameter behind a layer's weight, parametrized or not."""
+    if parametrize.is_parametrized(layer, 'weight'):
+        return cast(Any, layer).parametrizations.weight.original
+    return cast(nn.Parameter, layer.weight)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a layer's weight does to its input: where its norm comes from.
+
+    Args:
+        groups (int): Number of matrices in the weight, each for a group of
+            channels of its own.
+        factor (float): The layer's norm is at most this many times the
+            matrices'; equal to it where the factor is 1.
+        depthwise (bool): A convolution of each channel along a sequence.
+    """
+
+    groups: int = 1
+    factor: float = 1.0
+    depthwise: bool = False
+
+    def matrices(self, weights: Tensor) -> Tensor:
+        """Unfold weights (batch, out, in, ...) to (batch, groups, m, n)."""
+        return weights.unflatten(1, (self.groups, -1)).flatten(3)
+
+    def norms(self, weights: Tensor) -> Tensor:
+        """Norms of the layers, exact; bounds where the weight allows no more.
+
+        Args:
+            weights (Tensor): (batch, *weight), weights of one shape.
+
+        Returns:
+            Tensor: (batch,), at least float32, computed in float64,
+            differentiable.
+        """
+        if self.depthwise:
+            return conv_norm_bound(weights.flatten(2)).amax(-1)
+        return self.factor * spectral_norm(self.matrices(weights)).amax(-1)
+
+    def start(self, weights: Tensor) -> Tensor:
+        """Vectors from which power iteration starts, (batch, groups, m)."""
+        batch, out = weights.shape[:2]
+        size = out // self.groups
+        return start_vector(size, weights).expand(batch, self.groups, size)
+
+
+def operator_of(layer: nn.Module) -> Operator:
+    """What a layer's weight does, as far as norms are concerned.
+
+    Args:
+        layer (nn.Module): Linear or convolution.
+
+    Returns:
+        Operator: Exact for a linear layer, for patches that do not overlap
+        and, but for 0.07 %, for a depthwise convolution along a sequence; a
+        bound for other convolutions.
+
+    Raises:
+        TypeError: If the layer is of another kind.
+        ValueError: If it pads its input with anything but zeros.
+    """
+    if isinstance(layer, nn.Linear):
+        return Operator()
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise TypeError(
+            'layer must be linear or a convolution, got '
+            f'{type(layer).__name__}'
+        )
+    if layer.padding_mode != 'zeros':
+        raise ValueError(
+            f"padding_mode must be 'zeros' for a bound of the norm, got "
+            f'{layer.padding_mode!r}'
+        )
+    alone = layer.groups == layer.in_channels == layer.out_channels
+    if alone and isinstance(layer, nn.Conv1d) and layer.stride == (1,):
+        return Operator(depthwise=True)
+    factor = overlap_factor(layer.kernel_size, layer.stride, layer.dilation)
+    return Operator(layer.groups, factor)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@torch.no_grad()
+def current_weight(layer: nn.Module) -> Tensor:
+    """The weight that a layer computes with, without a step of training.
+
+    Where it is parametrized, reading ``layer.weight`` during training would
+    advance the power iteration.
+    """
+    if not parametrize.is_parametrized(layer, 'weight'):
+        return cast(Tensor, layer.weight)
+    parametrization = cast(Any, layer).parametrizations.weight
+    with evaluating(parametrization):
+        return parametrization()
+
+
+def layer_norms(layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Spectral norm of each layer's weight, exact or a proven bound.
+
+    Args:
+        layers (Mapping[str, nn.Module]): By name; see :func:`find_layers`.
+
+    Returns:
+        dict[str, float]: By the same names. Linear layers and patches that do
+        not overlap: exact. Depthwise convolutions along a sequence: the norm
+        for any length, at most 0.07 % too large. Other convolutions: a bound.
+        Biases do not enter: they move outputs, not differences of them.
+
+    Raises:
+        TypeError: If a layer is neither linear nor a convolution.
+        ValueError: If a weight is not finite.
+    """
+    norms: dict[str, float] = {}
+    for group in group_layers(layers):
+        norms.update(zip(group.names, group.norms().tolist(), strict=True))
+    return {name: norms[name] for name in layers}
+
+
+def group_layers(layers: Mapping[str, nn.Module]) -> list['WeightGroup']:
+    """Put layers together whose weights have one shape and act alike.
+
+    Args:
+        layers (Mapping[str, nn.Module]): By name; see :func:`find_layers`.
+
+    Returns:
+        list[WeightGroup]: Together they hold each layer once.
+
+    Raises:
+        TypeError: If a layer is neither linear nor a convolution.
+    """
+    groups: dict[tuple, dict[str, Tensor]] = {}
+    for name, layer in layers.items():
+        weight = current_weight(layer)
+        key = operator_of(layer), weight.shape, weight.dtype, weight.device
+        groups.setdefault(key, {})[name] = weight
+    return [WeightGroup(key[0], weights) for key, weights in groups.items()]
+
+
+class WeightGroup:
+    """Weights of one shape, whose norms are one batch.
+
+    Args:
+        operator (Operator): What the weights do.
+        weights (Mapping[str, Tensor]): By the names of their layers; the
+            tensors themselves are projected, without gradient.
+
+    Its power iteration goes on from call to call.
+    """
+
+    def __init__(
+        self, operator: Operator, weights: Mapping[str, Tensor]
+    ) -> None:
+        self.operator = operator
+        self.names, self.weights = tuple(weights), tuple(weights.values())
+        self.u = operator.start(self._stack()).clone()
+
+    def _stack(self) -> Tensor:
+        stacked = torch.stack([weight.detach() for weight in self.weights])
+        return stacked.to(real_dtype(stacked))
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Vectors of the power iteration by name; none where it is unused."""
+        if self.operator.depthwise:
+            return {}
+        return dict(zip(self.names, self.u, strict=True))
+
+    def take_vectors(self, vectors: Mapping[str, Tensor]) -> None:
+        """Go on from these vectors, where there are any for a weight."""
+        for row, name in zip(self.u, self.names, strict=True):
+            if name in vectors:
+                row.copy_(vectors[name])
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """Exact norms or proven bounds, (weights,).
+
+        Raises:
+            ValueError: If a weight is not finite, with the layer's name.
+        """
+        stacked = self._stack()
+        self.check_finite(stacked.flatten(1))
+        with torch.autocast(stacked.device.type, enabled=False):
+            return self.operator.norms(stacked)
+
+    @torch.no_grad()
+    def estimate(self, steps: int = 1) -> Tensor:
+        """Norms by power iteration that goes on where it ended, (weights,).
+
+        From below, NaN where a weight is not finite. Depthwise convolutions
+        get their bounds, which cost as little.
+        """
+        stacked = self._stack()
+        with torch.autocast(stacked.device.type, enabled=False):
+            if self.operator.depthwise:
+                return self.operator.norms(stacked)
+            matrices = self.operator.matrices(stacked)
+            self.u, sigma, _ = power_iteration(matrices, self.u, steps)
+        return self.operator.factor * sigma.amax(-1)
+
+    def check_finite(self, values: Tensor) -> None:
+        """Name the first layer whose row of ``values`` is not finite."""
+        finite = torch.isfinite(values.reshape(len(self.names), -1)).all(-1)
+        if not finite.all():
+            name = self.names[int(finite.int().argmin())]
+            raise ValueError(f'{name}.weight has a NaN or an infinity')
+
+    @torch.no_grad()
+    def divide_(self, divisors: Tensor) -> None:
+        """Divide each weight by its number, in place."""
+        for weight, divisor in zip(self.weights, divisors, strict=True):
+            weight.div_(divisor)
+
+
+def project_norms_(
+    groups: Sequence[WeightGroup],
+    bounds: Mapping[str, float],
+    rule: str,
+    steps: int | None = 1,
+) -> None:
+    """Make weights obey a rule on their norms, in place.
+
+    Args:
+        groups (Sequence[WeightGroup]): The weights.
+        bounds (Mapping[str, float]): By the names of the layers, > 0.
+        rule (str): ``'bound'`` or ``'divide'``; see :func:`norm_divisors`.
+        steps (int, optional): Steps of power iteration, or None for exact
+            norms. Defaults to 1.
+
+    Raises:
+        ValueError: If a weight is not finite, with the layer's name.
+    """
+    norms = [
+        group.norms() if steps is None else group.estimate(steps)
+        for group in groups
+    ]
+    # one wait for the device instead of one for each shape
+    if not torch.isfinite(torch.cat(norms)).all():
+        for group, values in zip(groups, norms, strict=True):
+            group.check_finite(values)
+    for group, values in zip(groups, norms, strict=True):
+        bound = values.new_tensor([bounds[name] for name in group.names])
+        group.divide_(norm_divisors(values, bound, rule))
+
+
+def norm_divisors(
+    norms: Tensor, bounds: Tensor, rule: str, slack: float = 1e-6
+) -> Tensor:
+    """What weights are divided by to obey a rule on their norms.
+
+    Args:
+        norms (Tensor): Spectral norms, any shape, >= 0.
+        bounds (Tensor): Same shape, > 0.
+        rule (str): ``'bound'`` for ``max(1, norm / bound)``, ``'divide'`` for
+            ``norm / bound``.
+        slack (float): Relative difference that is left alone, so that
+            rounding does not make a second application change a weight again.
+            Defaults to 1e-6.
+
+    Returns:
+        Tensor: Same shape, > 0, dimensionless. 1 where the norm is 0.
+
+    Raises:
+        ValueError: If ``rule`` is unknown.
+
+    Source: arXiv:1802.05957, Eq. 8 (``'divide'`` with bound 1).
+    """
+    check_choice('rule', rule, RULES)
+    ratio = norms / bounds
+    if rule == 'bound':
+        return radius_scale(ratio, 1.0, slack)
+    keep = ((ratio - 1).abs() <= slack) | (ratio == 0)
+    return torch.where(keep, 1.0, ratio)

@@ -1,0 +1,349 @@
+"""Layers whose weights obey a rule on their norms in every forward pass.
+
+Built on :mod:`torch.nn.utils.parametrize`: the free parameter is
+``layer.parametrizations.weight.original``, and ``layer.weight`` is computed
+from it, with gradients through the norm. Where the rule is a division by the
+norm of one matrix, PyTorch's own ``spectral_norm`` computes it.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
+
+from mmstabvim.stability.inputs import check_choice, real_dtype
+from mmstabvim.stability.normalization import radius_scale
+from mmstabvim.stability.weight_layers import (
+    START_STEPS,
+    Operator,
+    evaluating,
+    operator_of,
+)
+from mmstabvim.stability.weight_norms import power_iteration
+
+PARAMETRIZED_RULES = ('bound', 'divide', 'learned')
+RAW = 'parametrizations.weight.'
+"""What the free parameters' names start with, after the layer's name."""
+
+
+class EstimatedNorm(nn.Module):
+    """Norm of a weight by power iteration, one step per training forward.
+
+    Depthwise convolutions get their bound instead. The vectors are buffers;
+    evaluation does not change them. The norm carries the gradient ``u v^T``.
+
+    Args:
+        operator (Operator): What the weight does.
+        weight (Tensor): Shape, dtype and device of the weight.
+        steps (int): Power iterations per forward. Defaults to 1.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self, operator: Operator, weight: Tensor, steps: int = 1
+    ) -> None:
+        super().__init__()
+        self.operator, self.steps = operator, steps
+        if not operator.depthwise:
+            matrix = self._matrix(weight.detach())
+            self.register_buffer('u', operator.start(weight[None])[0].clone())
+            self.register_buffer('v', torch.zeros_like(matrix[:, 0]))
+        self.restart(weight)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        wide = weight.to(real_dtype(weight))
+        return self.operator.matrices(wide[None])[0]
+
+    @torch.no_grad()
+    def restart(self, weight: Tensor) -> None:
+        """Begin power iteration anew, for another weight."""
+        if not self.operator.depthwise:
+            self.u.copy_(self.operator.start(weight[None])[0])
+            self._iterate(self._matrix(weight), START_STEPS)
+
+    def _iterate(self, matrix: Tensor, steps: int) -> None:
+        u, _, v = power_iteration(matrix.detach(), self.u, steps)
+        self.u.copy_(u)
+        self.v.copy_(v)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The norm, a scalar, float32 or wider."""
+        if self.operator.depthwise:
+            return self.operator.norms(weight[None])[0]
+        matrix = self._matrix(weight)
+        if self.training:
+            self._iterate(matrix, self.steps)
+        # the graph keeps them, and the next forward changes the buffers
+        u, v = self.u.clone(), self.v.clone()
+        sigma = (u[:, None] @ matrix @ v[..., None]).amax()
+        return self.operator.factor * sigma
+
+
+class BoundedWeight(nn.Module):
+    """``weight / max(1, norm / max_norm)``.
+
+    Args:
+        norm (EstimatedNorm): The weight's norm.
+        max_norm (float): Largest norm allowed, > 0.
+    """
+
+    def __init__(self, norm: EstimatedNorm, max_norm: float) -> None:
+        super().__init__()
+        self.norm, self.max_norm = norm, max_norm
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Map a weight to one that obeys, same shape and dtype."""
+        with torch.autocast(weight.device.type, enabled=False):
+            ratio = self.norm(weight) / self.max_norm
+            return (weight / radius_scale(ratio, 1.0)).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A weight that obeys comes from itself."""
+        return weight
+
+
+class UnitWeight(nn.Module):
+    """``weight / norm``; a weight of zeros stays.
+
+    Args:
+        norm (EstimatedNorm): The weight's norm.
+    """
+
+    def __init__(self, norm: EstimatedNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Map a weight to one of norm 1, same shape and dtype."""
+        with torch.autocast(weight.device.type, enabled=False):
+            norm = self.norm(weight)
+            norm = torch.where(norm == 0, 1.0, norm)
+            return (weight / norm).to(weight.dtype)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A weight of norm 1 comes from itself."""
+        return weight
+
+
+class WithoutAutocast(nn.Module):
+    """PyTorch's spectral normalization in the weight's own precision.
+
+    Autocast would run its products in half precision.
+
+    Args:
+        inner (nn.Module): The parametrization.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """As the parametrization."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.inner(weight)
+
+    @torch.no_grad()
+    def restart(self, weight: Tensor) -> None:
+        """Begin power iteration anew, from fixed vectors."""
+        matrices = Operator().matrices(weight.flatten(1)[None])[0]
+        start = Operator().start(matrices)[0]
+        u, _, v = power_iteration(matrices, start, START_STEPS)
+        cast(Tensor, self.inner._u).copy_(u[0])
+        cast(Tensor, self.inner._v).copy_(v[0])
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A weight of norm 1 comes from itself."""
+        return weight
+
+
+class Gain(nn.Module):
+    """``gain * weight``.
+
+    Args:
+        gain (Tensor): Scalar; a parameter is learned.
+    """
+
+    gain: Tensor
+
+    def __init__(self, gain: Tensor) -> None:
+        super().__init__()
+        if isinstance(gain, nn.Parameter):
+            self.gain = gain
+        else:
+            self.register_buffer('gain', gain)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Multiply; same shape and dtype."""
+        return (self.gain * weight).to(weight.dtype)
+
+
+def parametrize_norm(
+    layer: nn.Module,
+    rule: str = 'bound',
+    max_norm: float | None = 1.0,
+    steps: int = 1,
+    gain: nn.Parameter | None = None,
+) -> None:
+    """Make a layer's weight obey a rule on its norm in every forward pass.
+
+    The parameter object stays, as ``parametrizations.weight.original``, so
+    an optimizer that has it needs nothing new but a learned gain. Each
+    training forward makes a step of power iteration, evaluation none. The
+    layer takes states of a plain layer as well: with ``'learned'`` it then
+    computes with the very same weight.
+
+    Args:
+        layer (nn.Module): Linear or convolution.
+        rule (str): ``'bound'`` for ``W / max(1, norm / max_norm)``,
+            ``'divide'`` for ``max_norm W / norm`` (arXiv:1802.05957, Eq. 8),
+            ``'learned'`` for ``gain W / norm`` with a trained gain
+            (arXiv:2303.06296). Defaults to ``'bound'``.
+        max_norm (float, optional): Bound, norm, or the gain's first value, >
+            0; None for the weight's own norm. Defaults to 1.0.
+        steps (int): Power iterations per forward, >= 1. Defaults to 1.
+        gain (nn.Parameter, optional): Scalar to be the learned gain, its
+            value is overwritten; made here if None.
+
+    Raises:
+        TypeError: If the layer is neither linear nor a convolution.
+        ValueError: If an argument is out of range, the weight is parametrized
+            already, or zero where it is to be divided by its norm.
+    """
+    check_choice('rule', rule, PARAMETRIZED_RULES)
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f'max_norm must be positive, got {max_norm}')
+    if parametrize.is_parametrized(layer, 'weight'):
+        raise ValueError('the weight is parametrized already')
+    weight = cast(Tensor, layer.weight).detach()
+    if not bool(weight.any()) and (rule != 'bound' or max_norm is None):
+        raise ValueError('the weight is zero: it has no norm to divide by')
+    operator = operator_of(layer)
+    norm = EstimatedNorm(operator, weight, steps).train(layer.training)
+    target = max_norm or float(operator.norms(weight[None]))
+    if rule == 'bound':
+        bounded = BoundedWeight(norm, target)
+        parametrize.register_parametrization(layer, 'weight', bounded)
+    else:
+        _normalize(layer, norm)
+    if rule == 'learned':
+        gain = nn.Parameter(weight.new_empty(())) if gain is None else gain
+        _append(layer, Gain(gain))
+        gain.data.fill_(target)
+        if max_norm is None:
+            _keep_weight(_parametrizations(layer), gain)
+    elif rule == 'divide' and target != 1:
+        _append(layer, Gain(weight.new_tensor(target)))
+    layer._register_load_state_dict_pre_hook(_accept_plain, with_module=True)
+
+
+def _normalize(layer: nn.Module, norm: EstimatedNorm) -> None:
+    """Divide the weight by its norm, by PyTorch's own means if it can."""
+    if norm.operator != Operator():
+        unit = UnitWeight(norm)
+        parametrize.register_parametrization(layer, 'weight', unit)
+        return
+    weight = cast(Tensor, layer.weight).detach()
+    devices = [weight.device] if weight.is_cuda else []
+    # its start vectors are random, and replaced
+    with torch.random.fork_rng(devices):
+        spectral_norm(layer, n_power_iterations=norm.steps)
+    steps = _parametrizations(layer)
+    steps[0] = WithoutAutocast(steps[0])
+    cast(WithoutAutocast, steps[0]).restart(weight)
+
+
+def _append(layer: nn.Module, gain: Gain) -> None:
+    # not by register_parametrization, which computes the weight to check it
+    gain.train(layer.training)
+    _parametrizations(layer).append(gain)
+
+
+def _parametrizations(layer: nn.Module) -> parametrize.ParametrizationList:
+    return cast(Any, layer).parametrizations.weight
+
+
+# ------------------------------------------------------------------- states
+
+
+@torch.no_grad()
+def take_raw(
+    layer: nn.Module, state: dict[str, Any], prefix: str
+) -> dict[str, Tensor]:
+    """Replace a layer's free parameters in a state by the plain weight.
+
+    So that the state fits a model without parametrizations, and gives the
+    same outputs there.
+
+    Args:
+        layer (nn.Module): Parametrized.
+        state (dict[str, Any]): State of a model with such a layer; changed.
+        prefix (str): Of the layer's keys, with the final dot.
+
+    Returns:
+        dict[str, Tensor]: What was taken out, for :func:`put_raw` and
+        :func:`load_raw`.
+    """
+    start = prefix + RAW
+    names = [name for name in state if name.startswith(start)]
+    raw = {name.removeprefix(start): state.pop(name) for name in names}
+    parametrization = _parametrizations(layer)
+    with evaluating(parametrization):
+        state[f'{prefix}weight'] = functional_call(parametrization, raw, ())
+    return raw
+
+
+def put_raw(
+    raw: Mapping[str, Tensor], state: dict[str, Any], prefix: str
+) -> None:
+    """Undo :func:`take_raw`, in place."""
+    state.pop(f'{prefix}weight', None)
+    for name, value in raw.items():
+        state[prefix + RAW + name] = value
+
+
+def load_raw(layer: nn.Module, raw: Mapping[str, Tensor]) -> None:
+    """Load free parameters into a parametrized layer."""
+    _parametrizations(layer).load_state_dict(raw)
+
+
+def _accept_plain(
+    layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Turn a plain weight in a state to be loaded into free parameters."""
+    weight = state.pop(f'{prefix}weight', None)
+    if weight is None or any(name.startswith(prefix + RAW) for name in state):
+        return
+    for name, value in _raw_of(layer, weight).items():
+        state[prefix + RAW + name] = value
+
+
+@torch.no_grad()
+def _raw_of(layer: nn.Module, weight: Tensor) -> dict[str, Any]:
+    """Free parameters that stand for a weight."""
+    twin = copy.deepcopy(_parametrizations(layer))
+    twin.original.copy_(weight)
+    for module in twin.modules():
+        if isinstance(module, (EstimatedNorm, WithoutAutocast)):
+            module.restart(twin.original)
+    gains = [module.gain for module in twin if isinstance(module, Gain)]
+    if gains and isinstance(gains[0], nn.Parameter):
+        _keep_weight(twin, gains[0])
+    return twin.state_dict()
+
+
+@torch.no_grad()
+def _keep_weight(
+    parametrization: parametrize.ParametrizationList, gain: nn.Parameter
+) -> None:
+    """Set the gain so that the weight comes out as its original is."""
+    gain.fill_(1.0)
+    with evaluating(parametrization):
+        gain.copy_(parametrization.original.norm() / parametrization().norm())
