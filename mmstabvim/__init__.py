@@ -12,15 +12,31 @@ from mmstabvim import compat
 from mmstabvim.version import __version__
 
 _PUBLIC = {
+    'CamVidDataset': 'mmstabvim.datasets',
+    'CheckSegMap': 'mmstabvim.datasets',
+    'ClassIoUMetric': 'mmstabvim.evaluation',
+    'DigitScenes': 'mmstabvim.datasets',
     'Digits': 'mmstabvim.datasets',
     'DivergenceHook': 'mmstabvim.engine',
     'EigenvalueClampingHook': 'mmstabvim.engine',
+    'EntropyLoss': 'mmstabvim.models',
+    'JacobianLoss': 'mmstabvim.models',
+    'LayerDecayOptimWrapperConstructor': 'mmstabvim.engine',
+    'ModelForMetricsHook': 'mmstabvim.engine',
     'RandomStateHook': 'mmstabvim.engine',
+    'RobustnessMetric': 'mmstabvim.evaluation',
+    'RobustnessWrapper': 'mmstabvim.evaluation',
+    'SegmentationDataCheckHook': 'mmstabvim.engine',
+    'SensitivityMetric': 'mmstabvim.evaluation',
+    'SimpleFeaturePyramid': 'mmstabvim.models',
+    'SpectralConstraintLoss': 'mmstabvim.models',
     'SpectralNormalizationHook': 'mmstabvim.engine',
     'StabilityLoss': 'mmstabvim.models',
     'StabilityLossHook': 'mmstabvim.engine',
     'StabilityMonitorHook': 'mmstabvim.engine',
+    'StableRankHook': 'mmstabvim.engine',
     'VisionMamba': 'mmstabvim.models',
+    'WeightSpectralNormHook': 'mmstabvim.engine',
 }
 
 __all__ = ['__version__', *sorted(_PUBLIC)]

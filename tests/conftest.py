@@ -15,6 +15,14 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get('MMSTABVIM_SHARED', ROOT.parent / 'shared'))
 
 
+@pytest.fixture(autouse=True, scope='session')
+def _unformatted_configs():
+    from small_runs import unformatted_configs
+
+    with unformatted_configs():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """``torch.empty`` yields NaN, so an unwritten element fails."""

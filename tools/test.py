@@ -13,6 +13,8 @@ from mmengine.evaluator import DumpResults
 
 from mmstabvim.engine import launch
 
+MASK_WRITERS = ('IoUMetric', 'ClassIoUMetric', 'CityscapesMetric')
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -160,12 +162,12 @@ def write_masks(cfg: Config, folder: str) -> None:
     if isinstance(evaluators, dict):
         evaluators = [evaluators]
     for evaluator in evaluators:
-        if launch.type_name(evaluator) in ('IoUMetric', 'CityscapesMetric'):
+        if launch.type_name(evaluator) in MASK_WRITERS:
             evaluator.output_dir = folder
             return
     raise ValueError(
-        f'--out {folder!r}: masks are written by IoUMetric or '
-        f'CityscapesMetric, got test_evaluator={cfg.test_evaluator}'
+        f'--out {folder!r}: masks are written by one of {MASK_WRITERS}, got '
+        f'test_evaluator={cfg.test_evaluator}'
     )
 
 

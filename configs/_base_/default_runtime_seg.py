@@ -29,9 +29,7 @@ vis_backends = [
     dict(type='LocalVisBackend'),
     dict(type='TensorboardVisBackend'),
 ]
-visualizer = dict(
-    type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer'
-)
+visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends)
 tta_model = dict(type='SegTTAModel')
 
 log_level = 'INFO'

@@ -33,6 +33,8 @@ groups = [
 ] + [
     dict(
         configs=_config.format('fcn_r18-w16', ''),
-        labels=dict(model='FCN, ResNet-18', stabilizers='none', start='scratch'),
+        labels=dict(
+            model='FCN, ResNet-18', stabilizers='none', start='scratch'
+        ),
     )
 ]

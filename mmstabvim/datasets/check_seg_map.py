@@ -11,7 +11,9 @@ class CheckSegMap(BaseTransform):
     then. Without it a label that is no class ends training in an index
     error somewhere in the loss, on a GPU long after the batch.
 
-    Required keys: ``gt_seg_map``, ``ori_shape``; nothing is changed.
+    Keys read: ``gt_seg_map``, ``ori_shape``; nothing is changed. Without a
+    mask nothing is checked: the toolkits' inferencers take ``LoadAnnotations``
+    out of the test pipeline and leave the rest.
 
     Args:
         num_classes (int): Labels 0 to ``num_classes - 1`` are allowed.
@@ -38,7 +40,9 @@ class CheckSegMap(BaseTransform):
         Returns:
             dict: The same.
         """
-        mask = results['gt_seg_map']
+        mask = results.get('gt_seg_map')
+        if mask is None:
+            return results
         # the mask is loaded after the image was resized for a test
         wanted = tuple(results.get('ori_shape') or results['img_shape'])[:2]
         if mask.shape != wanted:

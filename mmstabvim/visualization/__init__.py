@@ -5,13 +5,27 @@ a figure: so a file with the rows is the data of the figure.
 """
 
 from mmstabvim.visualization.curves import curve_figure
+from mmstabvim.visualization.lines import line_figure
+from mmstabvim.visualization.robustness import robustness_figure
 from mmstabvim.visualization.scores import ladder_figure, score_figure
 from mmstabvim.visualization.spectra import decay_figure, eigenvalue_figure
+from mmstabvim.visualization.stable_rank import (
+    descent_figure,
+    form_eigenvalue_figure,
+    sphere_figure,
+    target_figure,
+)
 
 __all__ = [
     'curve_figure',
     'decay_figure',
+    'descent_figure',
     'eigenvalue_figure',
+    'form_eigenvalue_figure',
     'ladder_figure',
+    'line_figure',
+    'robustness_figure',
     'score_figure',
+    'sphere_figure',
+    'target_figure',
 ]

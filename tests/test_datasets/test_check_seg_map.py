@@ -67,8 +67,14 @@ def test_without_the_name_of_a_file():
         CheckSegMap(num_classes=3)(bad)
 
 
+def test_without_a_mask():
+    """An inferencer's pipeline loads none."""
+    image = dict(img=np.zeros((2, 3, 3)), ori_shape=(2, 3))
+    assert CheckSegMap(num_classes=3)(image) is image
+
+
 def test_bad_argument():
-    with pytest.raises(ValueError, match='num_classes.*got 0'):
+    with pytest.raises(ValueError, match=r'num_classes.*got 0'):
         CheckSegMap(num_classes=0)
 
 

@@ -119,7 +119,9 @@ def test_number_of_classes(good):
         with pytest.raises(ValueError, match=message):
             check(dataset(good), model=Model(**{name: Head(19)}))
     several = nn.ModuleList([Head(), Head(4)])
-    with pytest.raises(ValueError, match=r'auxiliary_head\[1\]\.num_cl.*got 4'):
+    with pytest.raises(
+        ValueError, match=r'auxiliary_head\[1\]\.num_cl.*got 4'
+    ):
         check(dataset(good), model=Model(auxiliary_head=several))
 
 

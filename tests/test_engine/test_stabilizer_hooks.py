@@ -288,6 +288,22 @@ def test_resume_repeats_the_uninterrupted_run(config, tmp_path, matrix, mode):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_resume_where_both_rules_bind(config, tmp_path):
+    """Normalizing clamped matrices again would change them."""
+    config.model.backbone.state_matrix = dict(MATRICES['full'])
+    config.custom_hooks = [dict(SN, rho_max=2.0), dict(EC, eps=1.5)]
+    config.train_cfg.max_epochs = 2
+    whole = train(config)
+    config.resume, config.load_from = True, f'{config.work_dir}/epoch_1.pth'
+    config.work_dir = str(tmp_path / 'resumed')
+    a, b = whole.model.state_dict(), train(config).model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    # other rules than those of the checkpoint act at once
+    config.custom_hooks[1].eps = 3.0
+    config.train_cfg.max_epochs = 1
+    assert abscissa(train(config).model) <= -3.0 + 1e-4
+
+
 def test_fine_tuning_takes_the_radii_it_starts_with(config, tmp_path):
     config.custom_hooks = [dict(SN, rho_max='init')]
     train(config)

@@ -39,6 +39,6 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
-    train_cfg=dict(),
+    train_cfg={},
     test_cfg=dict(mode='whole'),
 )

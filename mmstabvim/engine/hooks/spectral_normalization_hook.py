@@ -140,6 +140,7 @@ class SpectralNormalizationHook(StabilizerHook):
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the radii of the checkpoint until it is known who asks."""
+        super().after_load_checkpoint(runner, checkpoint)
         self._loaded = dict(checkpoint.get(CHECKPOINT_KEY, {}))
 
 

@@ -23,16 +23,18 @@ from mmstabvim.layers.state_matrix import (
 from mmstabvim.stability.inputs import check_choice
 
 MODES = ('project', 'reparam')
+CHECKPOINT_KEY = 'projected_by'
 
 
 class StabilizerHook(AfterStepHook):
     """Make every state matrix of the model obey a rule during training.
 
     ``mode='project'`` changes the parameters in place, once before training
-    (after loading or resuming) and then inside each optimizer step, through
-    the optimizer's own post-step hook: a step that accumulates gradients, or
-    that fp16 training skips, projects nothing. Averages kept by ``EMAHook``
-    are projected before they are evaluated or saved.
+    (after loading; a resumed run with the same rules has been projected) and
+    then inside each optimizer step, through the optimizer's own post-step
+    hook: a step that accumulates gradients, or that fp16 training skips,
+    projects nothing. Averages kept by ``EMAHook`` are projected before they
+    are evaluated or saved.
 
     ``mode='reparam'`` leaves the parameters free and applies the rule in
     every forward pass, with gradients through it.
@@ -50,6 +52,7 @@ class StabilizerHook(AfterStepHook):
         self.mode = mode
         self.measuring = False
         self.measured: dict[str, dict[str, torch.Tensor]] = {}
+        self._projected_by: list[str] | None = None  # says the checkpoint
 
     # ----------------------------------------------------- of a stabilizer
 
@@ -73,7 +76,10 @@ class StabilizerHook(AfterStepHook):
         ours = _hooks(runner, 'project')
         if ours[0] is not self:
             return  # the first one acts for all, in their order
-        project(ours, matrices)
+        # where two rules act, doing it again can give other matrices
+        resumed = runner._resume and self._projected_by == _rules(ours)
+        if not resumed:
+            project(ours, matrices)
         for optimizer in optimizers_of(runner.optim_wrapper, matrices):
             self.arm(optimizer, lambda: project(ours, matrices))
 
@@ -91,6 +97,19 @@ class StabilizerHook(AfterStepHook):
         ours = _hooks(runner, 'project')
         if ours and ours[0] is self:
             project(ours, state_matrices(model))
+
+    def before_save_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note by what the weights have been projected."""
+        super().before_save_checkpoint(runner, checkpoint)
+        checkpoint[CHECKPOINT_KEY] = _rules(_hooks(runner, 'project'))
+
+    def after_load_checkpoint(
+        self, runner: Runner, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the checkpoint's note until it is known who asks."""
+        self._projected_by = checkpoint.get(CHECKPOINT_KEY)
 
     # --------------------------------------------------------------- parts
 
@@ -162,6 +181,14 @@ def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:
     return sorted(
         (h for h in ours if h.mode == mode), key=lambda h: h.rule.order
     )
+
+
+def _rules(hooks: list[StabilizerHook]) -> list[str]:
+    """What the hooks ask for, as text."""
+    return [
+        f'{hook.rule!r}, from_start={getattr(hook, "from_start", False)}'
+        for hook in hooks
+    ]
 
 
 @torch.no_grad()

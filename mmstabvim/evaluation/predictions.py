@@ -1,0 +1,126 @@
+"""What a model says of one image, and how two such answers differ."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """Of one image, by a classifier or a segmentor.
+
+    Attributes:
+        logits (Tensor): (classes,) or (classes, height, width).
+        labels (Tensor): () or (height, width), predicted class.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+
+def classifier_predictions(logits: Any) -> list[Prediction]:
+    """Split the logits of a batch.
+
+    Args:
+        logits (Tensor): (batch, classes).
+
+    Returns:
+        list[Prediction]: One per image.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = getattr(logits, 'shape', type(logits).__name__)
+        raise TypeError(
+            f'the classifier must return logits (batch, classes), got {got}'
+        )
+    logits = logits.float()
+    return [Prediction(row, row.argmax()) for row in logits]
+
+
+def segmentor_prediction(sample: Any) -> Prediction:
+    """Read what a segmentor put into a sample.
+
+    Args:
+        sample (SegDataSample): After ``predict``.
+
+    Returns:
+        Prediction: At the size of the original image.
+    """
+    logits = sample.seg_logits.data.float()
+    return Prediction(logits, sample.pred_sem_seg.data[0].long())
+
+
+def truth_of(sample: Any) -> Tensor:
+    """Annotation of a sample.
+
+    Args:
+        sample (DataSample | SegDataSample): From the dataset.
+
+    Returns:
+        Tensor: () or (height, width).
+
+    Raises:
+        ValueError: If there is none, or several labels.
+    """
+    if 'gt_sem_seg' in sample:
+        return sample.gt_sem_seg.data[0].long()
+    label = sample.get('gt_label')
+    if label is None or torch.as_tensor(label).numel() != 1:
+        raise ValueError(
+            'a sample must have one gt_label or a gt_sem_seg, got '
+            f'{sorted(sample.keys())}'
+        )
+    return torch.as_tensor(label).reshape(()).long()
+
+
+def difference(clean: Prediction, other: Prediction) -> dict[str, float]:
+    """How far an answer is from that to the clean image.
+
+    Args:
+        clean (Prediction): To the clean image.
+        other (Prediction): To a disturbed one.
+
+    Returns:
+        dict[str, float]: ``flips``, 0 or 1, of a segmentor the share of
+        pixels; ``shift``, Euclidean distance of the logits, of a segmentor
+        the mean over pixels.
+    """
+    flips = (clean.labels != other.labels).double().mean()
+    shift = torch.linalg.vector_norm(other.logits - clean.logits, dim=0)
+    return dict(flips=float(flips), shift=float(shift.double().mean()))
+
+
+def score(
+    answer: Prediction, truth: Tensor, ignore_index: int
+) -> dict[str, Any]:
+    """Compare an answer with the annotation.
+
+    Args:
+        answer (Prediction): To the clean or a disturbed image.
+        truth (Tensor): As of :func:`truth_of`.
+        ignore_index (int): Pixels with this label do not count.
+
+    Returns:
+        dict[str, Any]: ``correct`` and ``counted`` pixels (or images) and,
+        of a segmentor, the areas ``intersect`` and ``union`` of each class,
+        (classes,) in pixels.
+    """
+    truth = truth.to(answer.labels.device)
+    if truth.dim() == 0:
+        return dict(correct=int(answer.labels == truth), counted=1)
+    counted = truth != ignore_index
+    label, found = truth[counted], answer.labels[counted]
+    # a lone channel is a foreground's
+    classes = max(len(answer.logits), 2)
+    hit, true, said = (
+        torch.bincount(labels, minlength=classes)[:classes]
+        for labels in (label[label == found], label, found)
+    )
+    return dict(
+        correct=int(hit.sum()),
+        counted=len(label),
+        intersect=hit.cpu().numpy(),
+        union=(true + said - hit).cpu().numpy(),
+    )

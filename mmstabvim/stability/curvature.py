@@ -1,0 +1,114 @@
+"""Eigenvalues of a loss's Hessian, from its products with vectors."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from mmstabvim.stability.inputs import check_choice
+from mmstabvim.stability.lanczos import Extremes, lanczos_extremes
+from mmstabvim.stability.logit_jacobian import (
+    METHODS,
+    check_differentiable,
+    check_parameters,
+    difference_step,
+    flat,
+    moved,
+    unflat,
+)
+
+
+def hessian_product(
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    method: str = 'difference',
+) -> Callable[[Tensor], Tensor]:
+    """Make a function that multiplies a loss's Hessian with vectors.
+
+    Args:
+        loss (Callable): Takes nothing, reads the parameters, gives a scalar.
+        parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
+        method (str): ``'difference'``, central differences of gradients,
+            which any scan allows; ``'double_backward'``, exact, where every
+            operation has a second derivative. Defaults to ``'difference'``.
+
+    Returns:
+        Callable: Maps (number of parameters,) to the same, no gradient.
+
+    Raises:
+        ValueError: If ``method`` is unknown.
+        RuntimeError: For ``'double_backward'``, where an operation has no
+            second derivative.
+
+    Source: Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
+    """
+    check_choice('method', method, METHODS)
+    parameters = check_parameters(parameters)
+    if method == 'difference':
+        return _difference_product(loss, parameters)
+    with torch.enable_grad():
+        slope = flat(_gradients(loss, parameters, create_graph=True))
+    check_differentiable([slope])
+
+    def product(v: Tensor) -> Tensor:
+        if not slope.requires_grad:  # linear in the parameters
+            return torch.zeros_like(v)
+        rows = torch.autograd.grad(
+            slope, parameters, v, retain_graph=True, materialize_grads=True
+        )
+        return flat(rows)
+
+    return product
+
+
+def _difference_product(
+    loss: Callable[[], Tensor], parameters: Sequence[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    def slope_at(step: Tensor) -> Tensor:
+        with moved(parameters, unflat(step, parameters)), torch.enable_grad():
+            return flat(_gradients(loss, parameters))
+
+    def product(v: Tensor) -> Tensor:
+        step = difference_step(parameters, v)
+        return (slope_at(step * v) - slope_at(-step * v)) / (2 * step)
+
+    return product
+
+
+def _gradients(
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(
+        loss(), parameters, create_graph=create_graph, materialize_grads=True
+    )
+
+
+def hessian_extremes(
+    loss: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    method: str = 'difference',
+    steps: int = 20,
+    seed: int = 0,
+) -> Extremes:
+    """Smallest and largest eigenvalue of a loss's Hessian.
+
+    The spectral norm is the larger of their absolute values, which often
+    belongs to the negative end.
+
+    Args:
+        loss (Callable): As for :func:`hessian_product`.
+        parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
+        method (str): As for :func:`hessian_product`.
+        steps (int): Products, >= 1: two gradients each, or one backward pass
+            through the first. Defaults to 20.
+        seed (int): Of the random start. Defaults to 0.
+
+    Returns:
+        Extremes: With their errors; exact up to rounding, and that of the
+        differences, when ``steps`` reaches the number of parameters.
+    """
+    product = hessian_product(loss, parameters, method)
+    like = flat([p.detach() for p in parameters])
+    return lanczos_extremes(product, like, steps, seed)

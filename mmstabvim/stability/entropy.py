@@ -1,0 +1,102 @@
+"""What singular values say beyond the largest: entropy, rank, condition."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mmstabvim.stability.inputs import real_dtype
+
+
+def spectral_entropy(
+    singular_values: Tensor, power: float = 1.0, base: float = math.e
+) -> Tensor:
+    """Entropy of a spectrum, ``-sum_k p_k log p_k``.
+
+    ``p_k = sigma_k**power / sum_j sigma_j**power``. It does not depend on the
+    scale, and lies between 0 (one singular value, or none) and the logarithm
+    of their number (all equal). It is the shape of the spectrum: how much a
+    random change is amplified on average is ``||J||_F**2 / d``.
+
+    Args:
+        singular_values (Tensor): (..., count), >= 0, in any order.
+        power (float): 1 weighs singular values, 2 their squares; > 0.
+            Defaults to 1.0.
+        base (float): Of the logarithm, > 1: e for nats, 2 for bits. Defaults
+            to e.
+
+    Returns:
+        Tensor: (...), >= 0, at least float32, differentiable. NaN where a
+        singular value is not finite.
+
+    Raises:
+        ValueError: If there are no singular values, or an argument is out of
+            range.
+
+    Source: arXiv:2602.01136, Section 3, which leaves the power open; for the
+    power 1 Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    if singular_values.dim() < 1 or singular_values.shape[-1] == 0:
+        raise ValueError(
+            'singular_values must be (..., count) with count > 0, got '
+            f'{tuple(singular_values.shape)}'
+        )
+    if not power > 0:
+        raise ValueError(f'power must be positive, got {power!r}')
+    if not base > 1:
+        raise ValueError(f'base must be larger than 1, got {base!r}')
+    values = singular_values.to(real_dtype(singular_values))
+    # scaled first, so that squares neither overflow nor vanish
+    largest = values.detach().amax(-1, keepdim=True)
+    weights = (values / torch.where(largest == 0, 1.0, largest)) ** power
+    total = weights.sum(-1, keepdim=True)
+    p = weights / torch.where(total == 0, 1.0, total)
+    log = torch.where(p == 0, 1.0, p).log()
+    return -(p * log).sum(-1) / math.log(base)
+
+
+def effective_rank(singular_values: Tensor, power: float = 1.0) -> Tensor:
+    """``exp`` of the spectral entropy: how many directions carry a matrix.
+
+    Args:
+        singular_values (Tensor): (..., count), >= 0, in any order.
+        power (float): As for :func:`spectral_entropy`. With 2 the result is
+            at least the stable rank. Defaults to 1.0.
+
+    Returns:
+        Tensor: (...), between 1 and count, at least float32, differentiable.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+    """
+    return spectral_entropy(singular_values, power).exp()
+
+
+def attribution_condition_number(singular_values: Tensor) -> Tensor:
+    """Largest singular value over the median of all.
+
+    Args:
+        singular_values (Tensor): (..., count), >= 0, in any order; all
+            min(m, n) of an m x n matrix.
+
+    Returns:
+        Tensor: (...), >= 1, dimensionless, at least float32; infinite where
+        the median, with an even count the mean of the middle two, is 0. NaN
+        where a singular value is NaN.
+
+    Raises:
+        ValueError: If there are no singular values.
+
+    Source: arXiv:2602.01136, Section 6.
+    """
+    if singular_values.dim() < 1 or singular_values.shape[-1] == 0:
+        raise ValueError(
+            'singular_values must be (..., count) with count > 0, got '
+            f'{tuple(singular_values.shape)}'
+        )
+    values = singular_values.to(real_dtype(singular_values))
+    ordered, last = values.sort(-1).values, values.shape[-1] - 1
+    # torch.median would take the lower of two
+    median = (ordered[..., last // 2] + ordered[..., -(-last // 2)]) / 2
+    zero = median == 0
+    ratio = ordered[..., -1] / torch.where(zero, 1.0, median)
+    return torch.where(zero, torch.inf, ratio)

@@ -1,0 +1,314 @@
+"""The sensitivity profile of a classifier and its index."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmstabvim.stability.attribution import check_logits
+from mmstabvim.stability.curvature import hessian_extremes
+from mmstabvim.stability.inputs import check_choice
+from mmstabvim.stability.logit_jacobian import (
+    METHODS,
+    Estimates,
+    check_parameters,
+    input_jacobian,
+    largest_gain,
+    parameter_jacobian,
+    singular_values,
+    tangent_kernel,
+)
+
+COMBINATIONS = ('max', 'sum')
+LOSSES = ('sample', 'mean')
+MAX_NUMEL = 1 << 28
+"""Values of a parameter Jacobian that is formed: 1 GiB in float32."""
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SensitivityProfile:
+    """Four norms with different units, and what they are made of.
+
+    Attributes:
+        input_jacobian (Tensor): (batch,), logits per unit of input.
+        parameter_jacobian (Tensor): (batch,), logits per unit of parameter.
+        tangent_kernel (float): Largest eigenvalue of the Gram matrix of all
+            samples' parameter gradients; it grows with their number.
+        hessian (Tensor): (batch,), spectral norms of each sample's loss
+            Hessian; (1,) for that of the mean loss.
+        hessian_max (Tensor): Same shape, largest eigenvalues.
+        hessian_min (Tensor): Same shape, smallest eigenvalues.
+        errors (dict[str, float]): Of each of the four the largest error of a
+            value, 0 where a matrix was decomposed: within it of the value
+            lies an eigenvalue or singular value, up to the error of
+            differences.
+    """
+
+    input_jacobian: Tensor
+    parameter_jacobian: Tensor
+    tangent_kernel: float
+    hessian: Tensor
+    hessian_max: Tensor
+    hessian_min: Tensor
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def values(
+        self, quantile: float = 1.0, per_sample: bool = False
+    ) -> dict[str, float]:
+        """The four numbers.
+
+        Args:
+            quantile (float): Over the samples, in [0, 1]; 1 is the largest.
+                Defaults to 1.0.
+            per_sample (bool): Divide the kernel's eigenvalue by the number of
+                samples. Defaults to False.
+
+        Returns:
+            dict[str, float]: By name. Infinite where a sample's value is not
+            finite.
+        """
+        if not 0 <= quantile <= 1:
+            raise ValueError(f'quantile must be in [0, 1], got {quantile!r}')
+        count = len(self.input_jacobian) if per_sample else 1
+        kernel = torch.tensor([self.tangent_kernel / count])
+        parts = dict(
+            input_jacobian=self.input_jacobian,
+            parameter_jacobian=self.parameter_jacobian,
+            tangent_kernel=kernel.double(),
+            hessian=self.hessian,
+        )
+        return {name: _quantile(v, quantile) for name, v in parts.items()}
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value is."""
+        return all(v < torch.inf for v in self.values().values())
+
+    def index(
+        self,
+        quantile: float = 1.0,
+        combine: str = 'max',
+        per_sample: bool = False,
+    ) -> float:
+        """One number: the largest of the four, or their sum.
+
+        Their units differ, and the kernel's grows with the number of samples:
+        compare indices of equal numbers of samples only, and read the four.
+
+        Args:
+            quantile (float): As for :meth:`values`. Defaults to 1.0.
+            combine (str): ``'max'`` or ``'sum'``. Defaults to ``'max'``.
+            per_sample (bool): As for :meth:`values`. Defaults to False.
+
+        Returns:
+            float: Infinite where anything is not finite.
+
+        Source: arXiv:2602.01136, Definition 4.1.
+        """
+        check_choice('combine', combine, COMBINATIONS)
+        values = self.values(quantile, per_sample).values()
+        return max(values) if combine == 'max' else sum(values)
+
+
+def _quantile(values: Tensor, quantile: float) -> float:
+    values = values.double()
+    if not torch.isfinite(values).all():
+        return torch.inf
+    return float(torch.quantile(values, quantile))
+
+
+def sensitivity_profile(
+    function: Function,
+    x: Tensor,
+    labels: Tensor,
+    parameters: Sequence[Tensor],
+    loss: str = 'sample',
+    method: str = 'difference',
+    steps: int = 20,
+    max_classes: int = 20,
+    seed: int = 0,
+    watch: Callable[[], None] | None = None,
+) -> SensitivityProfile:
+    """Measure how a classifier answers to changes of input and parameters.
+
+    Args:
+        function (Callable): Maps (batch, ...) to logits (batch, classes),
+            each sample by itself: a model in evaluation mode, see
+            :func:`evaluated`.
+        x (Tensor): (batch, ...), not empty.
+        labels (Tensor): (batch,), integers, for the cross-entropy.
+        parameters (Sequence[Tensor]): Leaves with ``requires_grad`` that the
+            function reads: all of a model's, or those of its head.
+        loss (str): ``'sample'``, each sample's Hessian; ``'mean'``, that of
+            the mean loss. Defaults to ``'sample'``.
+        method (str): How products with second derivatives and with Jacobians
+            are formed: ``'difference'``, for any model; or
+            ``'double_backward'``, exact, where every operation allows it.
+            Defaults to ``'difference'``.
+        steps (int): Of Lanczos' method. Defaults to 20.
+        max_classes (int): With more, and where the parameter Jacobian would
+            be too large, norms come from Lanczos' method instead of
+            decompositions. Defaults to 20.
+        seed (int): Of the random starts. Defaults to 0.
+        watch (Callable, optional): Called after each Hessian, which take most
+            of the time. Defaults to None.
+
+    Returns:
+        SensitivityProfile: The parameters are as they were, bit by bit.
+
+    Raises:
+        ValueError: If the batch is empty or an argument does not fit.
+
+    Source: arXiv:2602.01136, Definition 4.1.
+    """
+    check_choice('method', method, METHODS)
+    check_choice('loss', loss, LOSSES)
+    parameters, x = check_parameters(parameters), x.detach()
+    _check_batch(x, labels)
+    with torch.no_grad():
+        classes = check_logits(function(x[:1]), x[:1]).shape[1]
+    few = classes <= max_classes
+    options: dict[str, Any] = dict(method=method, steps=steps, seed=seed)
+    first = input_norms(function, x, few, **options)
+    size = len(x) * classes * sum(p.numel() for p in parameters)
+    second, kernel = (
+        _decomposed(function, x, parameters)
+        if few and size <= MAX_NUMEL
+        else _iterated(function, x, parameters, options)
+    )
+    size = len(x) if loss == 'mean' else 1
+    batches = zip(x.split(size), labels.split(size), strict=True)
+    ends = []
+    for batch in batches:
+        entropy = partial(_cross_entropy, function, *batch)
+        ends.append(hessian_extremes(entropy, parameters, **options))
+        if watch:
+            watch()
+    return SensitivityProfile(
+        first.values,
+        second.values,
+        kernel[0],
+        torch.tensor([e.norm for e in ends], dtype=torch.float64),
+        torch.tensor([e.largest for e in ends], dtype=torch.float64),
+        torch.tensor([e.smallest for e in ends], dtype=torch.float64),
+        dict(
+            input_jacobian=float(first.errors.max()),
+            parameter_jacobian=float(second.errors.max()),
+            tangent_kernel=kernel[1],
+            hessian=max(e.norm_error for e in ends),
+        ),
+    )
+
+
+def _check_batch(x: Tensor, labels: Tensor) -> None:
+    if x.dim() < 2 or len(x) == 0:
+        raise ValueError(
+            f'x must be (batch, ...) with batch > 0, got {tuple(x.shape)}'
+        )
+    if labels.shape != x.shape[:1]:
+        raise ValueError(
+            f'labels must be ({len(x)},), got {tuple(labels.shape)}'
+        )
+
+
+def input_norms(
+    function: Function,
+    x: Tensor,
+    exact: bool = True,
+    method: str = 'difference',
+    steps: int = 20,
+    seed: int = 0,
+) -> Estimates:
+    """Largest singular value of each sample's input Jacobian.
+
+    Args:
+        function (Callable): As for :func:`sensitivity_profile`.
+        x (Tensor): (batch, ...).
+        exact (bool): Decompose the Jacobians, a backward pass for each class;
+            else Lanczos' method. Defaults to True.
+        method (str): As for :func:`sensitivity_profile`.
+        steps (int): Of Lanczos' method. Defaults to 20.
+        seed (int): Defaults to 0.
+
+    Returns:
+        Estimates: (batch,) each, float64 on the CPU.
+    """
+    if exact:
+        values = singular_values(input_jacobian(function, x))[:, 0].cpu()
+        return Estimates(values, torch.zeros_like(values))
+    found = []
+    for sample in x.detach().split(1):
+        leaf = sample.clone().requires_grad_()
+        logits = partial(function, leaf)
+        found.append(largest_gain(logits, [leaf], method, steps, seed))
+    return _roots(found)
+
+
+def _roots(squares: Sequence[tuple[float, float]]) -> Estimates:
+    """Singular values from squares; ``|a - b| <= |a^2 - b^2| / a``."""
+    values, errors = torch.tensor(squares, dtype=torch.float64).unbind(1)
+    roots = values.clamp(min=0).sqrt()
+    bound = torch.where(roots == 0, errors.sqrt(), errors / roots)
+    return Estimates(roots, torch.minimum(bound, errors.sqrt()))
+
+
+def _decomposed(
+    function: Function, x: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Estimates, tuple[float, float]]:
+    """Norms of the parameter Jacobians and their kernel, exact."""
+    jacobian = parameter_jacobian(function, x, parameters)
+    kernel = tangent_kernel(jacobian)
+    count, classes = jacobian.shape[:2]
+    blocks = kernel.reshape(count, classes, count, classes)
+    own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    norms = torch.stack([_largest(block) for block in own])
+    exact = Estimates(norms.sqrt(), torch.zeros_like(norms))
+    return exact, (float(_largest(kernel)), 0.0)
+
+
+def _largest(gram: Tensor) -> Tensor:
+    """Largest eigenvalue on the CPU, NaN where the matrix is not finite."""
+    if not torch.isfinite(gram).all():
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    return torch.linalg.eigvalsh(gram.cpu())[-1].clamp(min=0)
+
+
+def _iterated(
+    function: Function, x: Tensor, parameters: Sequence[Tensor], options: dict
+) -> tuple[Estimates, tuple[float, float]]:
+    """The same from Lanczos' method."""
+    found = [
+        largest_gain(partial(function, sample), parameters, **options)
+        for sample in x.split(1)
+    ]
+    kernel = largest_gain(partial(function, x), parameters, **options)
+    return _roots(found), kernel
+
+
+def _cross_entropy(function: Function, x: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(function(x), labels)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Put every module of a model into evaluation mode for a while.
+
+    Each gets its own mode back: some may be in evaluation mode throughout.
+
+    Args:
+        model (nn.Module): Any.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,1 @@
+"""A trained model and its images, for the analysis tools."""
