@@ -1,5 +1,6 @@
 """Fixtures and settings shared by every test."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def _unformatted_configs():
 
     with unformatted_configs():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _logging():
+    """Tools turn it down for the whole process."""
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

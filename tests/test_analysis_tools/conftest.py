@@ -1,6 +1,5 @@
 """Small models with random weights: config file and checkpoint."""
 
-import logging
 import sys
 from pathlib import Path
 
@@ -11,13 +10,6 @@ from small_runs import digits_config, scenes_config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'tools/analysis_tools'))
-
-
-@pytest.fixture(autouse=True)
-def _logging():
-    """The tools turn it down for the whole process."""
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def save_model(folder, cfg, change=lambda model: None, seed=0):

@@ -146,7 +146,8 @@ def test_label_out_of_range(good, purpose):
         rf'{purpose} data.*c\.png must hold labels that become 0 to 2 or 255 '
         r'\(ignored\), got \[3, 9\] in 12 pixels'
     )
-    with pytest.raises(ValueError, match=message):
+
+    def act():
         if purpose == 'test':
             hook = SegmentationDataCheckHook()
             hook.before_test(runner(None, test=bad))
@@ -155,6 +156,9 @@ def test_label_out_of_range(good, purpose):
         else:
             write(good / 'fine', 'a', [0])
             check(dataset(good / 'fine'), val=bad)
+
+    with pytest.raises(ValueError, match=message):
+        act()
 
 
 def test_samples_are_spread_over_all(good):
@@ -293,14 +297,14 @@ def test_empty_folder(tmp_path):
         check(empty)
 
 
-@pytest.mark.parametrize('wrap', ['repeat', 'concat', 'both'])
+@pytest.mark.parametrize('wrap', ['repeat', 'concat'])
 def test_wrapped_datasets(good, wrap):
     write(good / 'fine', 'a', [0])
     write(good, 'e', [7])
     data = dataset(good)
-    if wrap in ('concat', 'both'):
+    if wrap == 'concat':
         data = ConcatDataset([dataset(good / 'fine'), data])
-    if wrap in ('repeat', 'both'):
+    else:
         data = RepeatDataset(data, 3)
     with pytest.raises(ValueError, match=r'e\.png.*got \[7\]'):
         check(data)
