@@ -1,5 +1,5 @@
-# Scenes of handwritten digits on a CPU in about five minutes, nothing to
-# download.
+# Scenes of handwritten digits on a CPU, nothing to download. Accuracy not
+# measured.
 _base_ = [
     '../_base_/models/upernet_vim_nano_p4.py',
     '../_base_/datasets/digit_scenes_64x64.py',
