@@ -1,5 +1,5 @@
 # CIFAR-10 as image files, `train/<class>/*.jpg` and `test/<class>/*.jpg`,
-# 2,000 and 500 of each class; the first 1,000 of each class are trained on.
+# 2,000 and 500 of each class; the first 400 of each class are trained on.
 dataset_type = 'CustomDataset'
 data_root = 'data/cifar10_subset'
 data_preprocessor = dict(
@@ -25,7 +25,7 @@ train_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         data_prefix='train',
-        indices=[2000 * c + i for c in range(10) for i in range(1000)],
+        indices=[2000 * c + i for c in range(10) for i in range(400)],
         pipeline=train_pipeline,
     ),
     sampler=dict(type='DefaultSampler', shuffle=True),
