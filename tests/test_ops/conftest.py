@@ -1,4 +1,4 @@
-"""What the tests of the C++ kernels share."""
+"""What the tests of the kernels share."""
 
 import pytest
 import torch
@@ -45,3 +45,24 @@ def no_compiler(monkeypatch, empty_cache, messages):
     """Nothing built, and nothing to build with."""
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setattr(native, 'COMPILERS', ('no-such-compiler',))
+
+
+@pytest.fixture
+def fast_interpreter(monkeypatch):
+    """Prepare ``triton.language`` once a test, not at every function call."""
+    triton = pytest.importorskip('triton')
+    interpreter = pytest.importorskip('triton.runtime.interpreter')
+    prepared = set()
+
+    def call(self, *args, **kwargs):
+        modules = {
+            id(x)
+            for x in self.fn.__globals__.values()
+            if x is triton.language or x is triton.language.core
+        }
+        if not modules <= prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.update(modules)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, '__call__', call)

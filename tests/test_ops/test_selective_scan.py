@@ -46,11 +46,41 @@ def relative(value, exact):
 @pytest.mark.parametrize('case', range(1, 19))
 def test_official_scan(golden, case, dtype, backend):
     """Output, last state and every gradient of the official reference."""
+    check_official_scan(golden('selective_scan.npz'), case, dtype, backend)
+
+
+LONG = (4, 9, 16)
+"""Many tokens of several programs: a minute each when interpreted."""
+
+ON_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'),
+)
+
+
+@pytest.mark.skipif(not has_triton(), reason='no triton')
+@pytest.mark.parametrize(
+    'case',
+    [
+        pytest.param(case, marks=ON_GPU) if case in LONG else case
+        for case in range(1, 19)
+    ],
+)
+def test_official_scan_in_triton(golden, case, fast_interpreter):
+    """The same in float32, interpreted without a GPU."""
     data = golden('selective_scan.npz')
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    check_official_scan(data, case, torch.float32, 'triton', device)
+
+
+def check_official_scan(data, case, dtype, backend, device='cpu'):
+    """All results, to a rounding of the dtype."""
 
     def load(name):
         key = f'case{case:02d}/{name}'
-        return torch.from_numpy(data[key]) if key in data.files else None
+        if key not in data.files:
+            return None
+        return torch.from_numpy(data[key]).to(device)
 
     given = {n: load(n) for n in NAMES}
     given = {n: t for n, t in given.items() if t is not None}

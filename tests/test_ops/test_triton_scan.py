@@ -17,11 +17,11 @@ from mmstabvim.ops.selective_scan.reference import scan_ref
 
 triton = pytest.importorskip('triton')
 
-from triton.runtime import interpreter  # noqa: E402
-
 from mmstabvim.ops.selective_scan import triton as backend  # noqa: E402
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+pytestmark = pytest.mark.usefixtures('fast_interpreter')
 
 needs_gpu = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
 
@@ -29,25 +29,6 @@ TOLERANCE = 3e-6
 """Of an array's largest magnitude, as for the cpu backend."""
 
 NAMES = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
-
-
-@pytest.fixture(autouse=True)
-def _fast_interpreter(monkeypatch):
-    """Prepare ``triton.language`` once a test, not at every function call."""
-    prepared = set()
-
-    def call(self, *args, **kwargs):
-        modules = {
-            id(x)
-            for x in self.fn.__globals__.values()
-            if x is triton.language or x is triton.language.core
-        }
-        if not modules <= prepared:
-            interpreter._patch_lang(self.fn)
-            prepared.update(modules)
-        return self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, '__call__', call)
 
 
 @pytest.fixture
