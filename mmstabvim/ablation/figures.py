@@ -12,6 +12,7 @@ from mmstabvim.ablation import results, statistics
 from mmstabvim.ablation.layout import Layout, Picture, Rows, make_layout
 from mmstabvim.ablation.results import Result, Study
 from mmstabvim.ablation.statistics import Combination
+from mmstabvim.visualization import spectra, style
 from mmstabvim.visualization.curves import Quantity
 
 _FACETS = 3  # beside one another in a figure of curves
@@ -41,6 +42,9 @@ def make_pictures(
 def _score_pictures(
     study: Study, combinations: Sequence[Combination], layout: Layout
 ) -> Iterator[Picture]:
+    if 'lr' in layout.panels:
+        yield from _rate_pictures(study, combinations, layout)
+        return
     rows = []
     for c in combinations:
         for cell in c.cells:
@@ -75,6 +79,52 @@ def _score_pictures(
             'that finished; rings: the seeds. Dotted: mean of the baseline. '
             'The axes do not start at zero, and each panel has its own.',
             figure,
+            rows,
+        )
+
+
+def _rate_pictures(
+    study: Study, combinations: Sequence[Combination], layout: Layout
+) -> Iterator[Picture]:
+    """Scores over the learning rates, where these vary."""
+    rows = []
+    for c in combinations:
+        about = dict(
+            facet=layout.facet(c, without='lr'),
+            series=layout.name(c),
+            lr=c.cells[0].lr_used,
+            mean=_known(c.metric.mean),
+            std=_known(c.metric.std),
+            n=c.metric.n,
+            diverged=c.rate.count,
+        )
+        values = {cell.seed: cell.final(study.metric) for cell in c.cells}
+        found = {s: v for s, v in values.items() if v is not None}
+        rows += [dict(about, seed=s, value=v) for s, v in found.items()]
+        if not found:
+            rows.append(dict(about, seed=None, value=None))
+    rows = [row for row in rows if row['lr'] is not None]
+    if any(row['n'] for row in rows):
+        border = study.collapse_below
+        dashed = (
+            ''
+            if border is None
+            else f' Dashed: {border:g}, below which nothing was learnt.'
+        )
+        yield Picture(
+            'score',
+            f'Final {study.metric} by learning rate',
+            'Filled mark and bar: mean and standard deviation over the seeds '
+            'that finished; rings: the seeds, where there are several. Cross '
+            f'at the bottom: at least one diverged.{dashed} Series stand '
+            'beside one another so that equal ones are seen.',
+            visualization.rate_figure(
+                rows,
+                layout.names,
+                layout.series,
+                metric_text(study.metric),
+                border,
+            ),
             rows,
         )
 
@@ -164,6 +214,11 @@ def _curve_pictures(
         cell.record.get('epochs') for c in combinations for cell in c.cells
     )
     unit = 'epoch' if by_epoch else 'training iteration'
+    clipped = any(
+        cell.curves.series('grad_norm')[0]
+        for c in combinations
+        for cell in c.cells
+    )
     quantities: list[tuple[Quantity, Read]] = [
         (
             Quantity('loss by training iteration', 'training loss'),
@@ -181,7 +236,7 @@ def _curve_pictures(
     yield from _draw_curves(
         'curves',
         'Training curves',
-        'The gradient norm is that before clipping.',
+        'The gradient norm is that before clipping.' if clipped else '',
         quantities,
         combinations,
         layout,
@@ -213,13 +268,17 @@ def _stability_pictures(
             Quantity('decay by training iteration', 'max |exp(ΔA)|', 1.0),
             largest('decay_max'),
         ),
+        (
+            Quantity('gradient by training iteration', 'gradient norm of A'),
+            largest('grad_norm'),
+        ),
     ]
     yield from _draw_curves(
         'stability',
         'Stability over training',
         'Largest value over all layers and directions: real part of the '
-        'eigenvalues of A, and factor by which one token changes the state; '
-        'above 1 a state grows.',
+        'eigenvalues of A; factor by which one token changes the state, above '
+        '1 a state grows; norm of the gradient of A as the optimizer sees it.',
         quantities,
         combinations,
         layout,
@@ -258,11 +317,12 @@ def _draw_curves(
         for facet in dict.fromkeys(layout.facet(c) for c in combinations)
         if any(row['facet'] == facet for row in rows)
     ]
-    for start in range(0, len(facets), _FACETS):
-        chosen = facets[start : start + _FACETS]
+    _, width = style.rows_and_columns(len(facets), _FACETS)
+    for start in range(0, len(facets), width):
+        chosen = facets[start : start + width]
         part = [row for row in rows if row['facet'] in chosen]
         part.sort(key=lambda row: chosen.index(row['facet']))
-        suffix = f'_{start // _FACETS + 1}' if len(facets) > _FACETS else ''
+        suffix = f'_{start // width + 1}' if len(facets) > width else ''
         yield Picture(
             name + suffix,
             title + (f' ({"; ".join(chosen)})' if suffix else ''),
@@ -318,7 +378,11 @@ def _until_divergence(
 def _facets(
     combinations: Sequence[Combination], layout: Layout
 ) -> Iterator[tuple[list[Combination], str, str]]:
-    """Groups that share a panel; of the learning rates the end ones."""
+    """Groups that share a panel; of the learning rates two.
+
+    Those at the border: the last before, and the first at which a training
+    diverged; the end ones where there is no border.
+    """
     groups: dict[str, list[Combination]] = {}
     by_rest: dict[str, list[str]] = {}
     for c in combinations:
@@ -328,7 +392,10 @@ def _facets(
             if layout.facet(c) not in rest:
                 rest.append(layout.facet(c))
     for facets in by_rest.values():
-        for facet in dict.fromkeys((facets[0], facets[-1])):
+        lost = [any(c.rate.count for c in groups[f]) for f in facets]
+        place = lost.index(True) if True in lost else 0
+        ends = (place - 1, place) if place else (0, -1)
+        for facet in dict.fromkeys(facets[i] for i in ends):
             suffix = re.sub(r'[^\w+-]+', '_', facet)
             yield groups[facet], f'_{suffix}' if suffix else '', facet
 
@@ -347,14 +414,19 @@ def _spectrum(
     series = [name for name in layout.names if name in present]
     where = f' ({facet})' if facet else ''
     seed = 'The first seed of each combination with records.'
-    if rows:
+    # the start alone is no training
+    if len({row['step'] for row in rows}) > 1:
+        left_out = max(abs(row['imag']) for row in rows)
+        if spectra.is_plane(rows):
+            left_out = 0.0
+        aside = f' Imaginary parts, at most {left_out:.2g}, are left out.'
         yield Picture(
             f'eigenvalues{suffix}',
             f'Eigenvalues of A over training{where}',
             f'{seed} All layers and directions, an even sample of at most '
             f'{_POINTS} eigenvalues a panel; the axes hold the middle 99 % '
             'of them. Dashed: border of stability, Re λ = 0; tinted: '
-            'unstable.',
+            f'unstable.{aside if left_out else ""}',
             visualization.eigenvalue_figure(rows, series),
             rows,
         )

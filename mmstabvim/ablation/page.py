@@ -10,6 +10,8 @@ from mmstabvim.ablation.layout import Picture
 from mmstabvim.ablation.tables import Table
 from mmstabvim.version import __version__
 
+_PIXELS = 133  # of an inch: a figure of a full line fills the page
+
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -69,6 +71,29 @@ def write_page(
     """
     sections = [_table(table) for table in found]
     sections += [_picture(picture, folder) for picture in pictures]
+    contents = [(part.name, part.title) for part in (*found, *pictures)]
+    return make_page(title, facts, contents, ''.join(sections))
+
+
+def make_page(
+    title: str,
+    facts: Mapping[str, str],
+    contents: Sequence[tuple[str, str]],
+    body: str,
+    style: str = '',
+) -> str:
+    """Put a body into one HTML page.
+
+    Args:
+        title (str): Heading.
+        facts (Mapping[str, str]): Name and text.
+        contents (Sequence[tuple[str, str]]): ``id`` and title of each section.
+        body (str): The sections, as HTML.
+        style (str): More CSS. Defaults to none.
+
+    Returns:
+        str: The page.
+    """
     heading = html.escape(title)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -76,16 +101,16 @@ def write_page(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{heading}</title>
-<style>{_STYLE}</style>
+<style>{_STYLE}{style}</style>
 </head>
 <body>
 <header>
 <h1>{heading}</h1>
 {_facts(facts)}
 </header>
-{_contents([*found, *pictures])}
+{_contents(contents)}
 <main>
-{''.join(sections)}</main>
+{body}</main>
 <footer>Written by mmstabvim {__version__}; the numbers are in the CSV files
 beside this page.</footer>
 </body>
@@ -103,10 +128,10 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl>{"".join(lines)}</dl>'
 
 
-def _contents(sections: Sequence[Table | Picture]) -> str:
+def _contents(sections: Sequence[tuple[str, str]]) -> str:
     items = [
-        f'<li><a href="#{section.name}">{html.escape(section.title)}</a></li>'
-        for section in sections
+        f'<li><a href="#{name}">{html.escape(title)}</a></li>'
+        for name, title in sections
     ]
     return f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>'
 
@@ -120,12 +145,30 @@ def _table(table: Table) -> str:
 
 
 def _picture(picture: Picture, folder: Path) -> str:
+    return (
+        f'<section id="{picture.name}"><h2>{html.escape(picture.title)}</h2>\n'
+        f'{figure_html(picture, folder)}</section>\n'
+    )
+
+
+def figure_html(picture: Picture, folder: Path) -> str:
+    """A figure with its caption, the image inside.
+
+    Args:
+        picture (Picture): The figure.
+        folder (Path): With ``figures/NAME.png``.
+
+    Returns:
+        str: A ``figure`` element.
+    """
     image = (folder / 'figures' / f'{picture.name}.png').read_bytes()
     data = base64.b64encode(image).decode()
     title = html.escape(picture.title)
+    # so that letters have one size, and small figures stay small
+    width = round(_PIXELS * picture.figure.get_figwidth())
     return (
-        f'<section id="{picture.name}"><h2>{title}</h2>\n'
-        f'<figure><img alt="{title}" src="data:image/png;base64,{data}">\n'
+        f'<figure><img alt="{title}" style="max-width: {width}px" '
+        f'src="data:image/png;base64,{data}">\n'
         f'<figcaption><p class="caption">{html.escape(picture.caption)}</p>'
-        '</figcaption></figure></section>\n'
+        '</figcaption></figure>'
     )

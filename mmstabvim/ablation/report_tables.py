@@ -18,9 +18,9 @@ _DIVERGENCE = (
     'which they did.'
 )
 _LADDER = (
-    ' Largest stable learning rate: the largest tried at which, and below '
-    'which, none diverged{collapsed}. ≥: nothing larger was tried; <: already '
-    'the smallest did; *: some seeds are missing.{warning}'
+    ' Stable lr: the largest learning rate tried at which, and below which, '
+    'none diverged{learns}. ≥: nothing larger was tried; <: already the '
+    'smallest did; *: some seeds are missing.{warning}'
 )
 
 
@@ -40,10 +40,16 @@ def make_tables(
         results_table(study, combinations),
         scores_table(study, combinations),
         differences_table(study, combinations),
-        divergence_table(study, combinations),
         unfinished_table(study),
     ]
+    # of a ladder of learning rates it is what there is to say
+    place = 0 if _has_ladder(combinations) else 3
+    found.insert(place, divergence_table(study, combinations))
     return [table for table in found if table.rows]
+
+
+def _has_ladder(combinations: Sequence[Combination]) -> bool:
+    return len({c.cells[0].lr_used for c in combinations}) > 1
 
 
 def _heads(combinations: Sequence[Combination]) -> list[str]:
@@ -381,7 +387,8 @@ def divergence_table(
     for names, group in groups.items():
         cells = [cell for c in group for cell in c.cells]
         rate = statistics.divergence_rate(cells)
-        ladder = statistics.climb(cells, study.has_collapsed)
+        ladder = statistics.climb(cells)
+        learns = statistics.climb(cells, study.has_collapsed)
         steps = sorted(s for c in group for s in c.first_diverged_steps)
         middle = steps[(len(steps) - 1) // 2] if steps else None
         rows.append(
@@ -391,6 +398,7 @@ def divergence_table(
                 _percent(rate),
                 DASH if middle is None else f'{middle}',
                 ladder_text(ladder),
+                ladder_text(learns),
             ]
         )
         data.append(
@@ -404,17 +412,19 @@ def divergence_table(
                 'largest_stable_lr': ladder.largest,
                 'largest_tried': ladder.top,
                 'complete': ladder.complete,
+                'largest_learning_lr': learns.largest,
             }
         )
-    columns = ['diverged', '95 % interval', 'first at', 'stable lr']
+    columns = ['diverged', '95 % interval', 'first at']
     caption = _DIVERGENCE
-    if len({c.cells[0].lr_used for c in combinations}) > 1:
+    if _has_ladder(combinations):
         caption += _ladder_caption(study)
-    else:
-        columns.pop()
-        rows = [row[:-1] for row in rows]
-        if not any(row['diverged'] for row in data):
-            rows, data = [], []
+        columns.append('stable lr')
+        if study.collapse_below is not None:
+            columns.append('learns up to')
+    elif not any(row['diverged'] for row in data):
+        rows, data = [], []
+    rows = [row[: len(heads) + len(columns)] for row in rows]
     return Table(
         'divergence',
         'Divergence',
@@ -422,7 +432,7 @@ def divergence_table(
         [*heads, *columns],
         rows,
         data,
-        'l' * len(heads) + 'rrrr'[: len(columns)],
+        'l' * len(heads) + 'r' * len(columns),
     )
 
 
@@ -432,8 +442,9 @@ def _ladder_caption(study: Study) -> str:
             ' A training with a finite loss may have learnt nothing: read it '
             'beside the scores.'
         )
-        return _LADDER.format(collapsed='', warning=warning)
-    return _LADDER.format(collapsed=' or collapsed', warning='')
+        return _LADDER.format(learns='', warning=warning)
+    learns = '; learns up to: none diverged or collapsed'
+    return _LADDER.format(learns=learns, warning='')
 
 
 def _percent(rate: statistics.Rate) -> str:

@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from mmstabvim.visualization import style
 
@@ -39,8 +40,7 @@ def score_figure(
     """
     with style.look():
         facets = style.unique(rows, 'facet')
-        columns = min(len(facets), _COLUMNS)
-        lines = math.ceil(len(facets) / columns)
+        lines, columns = style.rows_and_columns(len(facets), _COLUMNS)
         figure, grid = style.panels(lines, columns, 2.3)
         for axes, facet in _fill(grid, facets):
             chosen = [row for row in rows if row['facet'] == facet]
@@ -50,15 +50,101 @@ def score_figure(
         for axes in grid[:, 0]:
             axes.set_ylabel(unit)
         figure.supxlabel(label, fontsize=8)
+        figure.align_ylabels(grid[:, 0])
     return figure
+
+
+def rate_figure(
+    rows: Rows,
+    series: Sequence[str],
+    label: str,
+    unit: str,
+    border: float | None = None,
+) -> Figure:
+    """Score of each series by learning rate.
+
+    Args:
+        rows (Rows): ``facet, series, lr, seed, value, mean, std, n,
+            diverged``, one per finished training; where there is none, one
+            with ``n`` 0. ``diverged`` counts the trainings that did.
+        series (Sequence[str]): Order of the legend.
+        label (str): What the series are.
+        unit (str): Label of the score.
+        border (float | None): Score below which nothing has been learnt.
+            Defaults to None.
+
+    Returns:
+        Figure: A panel per facet, up to three in a line.
+    """
+    with style.look():
+        facets = style.unique(rows, 'facet')
+        lines, columns = style.rows_and_columns(len(facets), _COLUMNS)
+        figure, grid = style.panels(
+            lines, columns, 2.3, sharex=True, sharey=True
+        )
+        for axes, facet in _fill(grid, facets):
+            chosen = [row for row in rows if row['facet'] == facet]
+            _draw_rates(axes, chosen, series)
+            if border is not None:
+                axes.axhline(border, color=style.GREY, lw=0.8, ls='--')
+            axes.set_title(facet)
+            axes.set_xlabel('learning rate')
+        for axes in grid[:, 0]:
+            axes.set_ylabel(unit)
+        style.add_legend(figure, series, label)
+    return figure
+
+
+def _draw_rates(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
+    """One panel; series beside one another, so that equal ones are seen."""
+    axes.set_xscale('log')
+    for number, name in enumerate(series):
+        chosen = sorted(
+            (row for row in rows if row['series'] == name),
+            key=lambda row: row['lr'],
+        )
+        color = style.line_style(number)['color']
+        aside = 1.07 ** (number - (len(series) - 1) / 2)
+        first = {row['lr']: row for row in chosen if row['n']}
+        axes.errorbar(
+            [lr * aside for lr in first],
+            [row['mean'] for row in first.values()],
+            yerr=[row['std'] or math.nan for row in first.values()],
+            marker=style.MARKERS[number % len(style.MARKERS)],
+            markersize=3.5,
+            capsize=2,
+            elinewidth=0.9,
+            **{**style.line_style(number), 'linewidth': 0.9},
+        )
+        several = [row for row in chosen if row['n'] > 1]
+        axes.scatter(
+            [row['lr'] * aside for row in several],
+            [row['value'] for row in several],
+            s=7,
+            facecolors='none',
+            edgecolors=color,
+            linewidths=0.6,
+        )
+        lost = sorted({row['lr'] for row in chosen if row['diverged']})
+        axes.plot(
+            [lr * aside for lr in lost],
+            [0.03] * len(lost),
+            'x',
+            color=color,
+            markersize=4,
+            markeredgewidth=1.2,
+            transform=axes.get_xaxis_transform(),
+        )
+    rates = sorted({row['lr'] for row in rows})
+    axes.set_xticks(rates, [f'{rate:g}' for rate in rates])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis='y')
 
 
 def _fill(grid: Any, facets: Sequence[Any]) -> list[tuple[Axes, Any]]:
     """Pair panels with facets and hide the panels left over."""
-    panels = list(grid.flat)
-    for axes in panels[len(facets) :]:
-        axes.set_visible(False)
-    return list(zip(panels, facets, strict=False))
+    used = style.hide_rest(grid, len(facets))
+    return list(zip(used, facets, strict=True))
 
 
 def _draw_scores(axes: Axes, rows: Rows, series: Sequence[str]) -> None:

@@ -14,17 +14,16 @@ from mmstabvim.visualization import style
 
 Rows = Sequence[dict[str, Any]]
 _COLUMNS = 4
+_ABSENT = '#D0D0D0'
 
 
 def _grid(series: Sequence[str], height: float) -> tuple[Figure, Any]:
     """A panel per series, four in a line, on common axes."""
-    columns = min(len(series), _COLUMNS)
-    lines = math.ceil(len(series) / columns)
+    lines, columns = style.rows_and_columns(len(series), _COLUMNS)
     figure, grid = style.panels(
         lines, columns, height, sharex=True, sharey=True
     )
-    for axes in list(grid.flat)[len(series) :]:
-        axes.set_visible(False)
+    style.hide_rest(grid, len(series))
     return figure, grid
 
 
@@ -32,7 +31,8 @@ def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
     """Eigenvalues of the state matrices as training goes on.
 
     Complex eigenvalues are shown in the complex plane with the step as
-    colour, real ones over the step. The dashed line is the border of
+    colour; real ones, and those whose imaginary parts are below a fiftieth of
+    the largest real part, over the step. The dashed line is the border of
     stability, Re = 0, the tinted side unstable. The axes hold the middle
     99 % of all eigenvalues.
 
@@ -49,7 +49,7 @@ def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
         imag = np.array([row['imag'] for row in rows])
         steps = np.array([row['step'] for row in rows], float)
         names = np.array([row['series'] for row in rows])
-        plane = bool(np.abs(imag).max() > 1e-6 * np.abs(real).max())
+        plane = is_plane(rows)
         norm = Normalize(steps.min(), max(steps.max(), steps.min() + 1))
         for axes, name in zip(grid.flat, series, strict=False):
             chosen = names == name
@@ -68,6 +68,19 @@ def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
             _limit(grid[0, 0].set_ylim, real)
             style.tidy_steps(grid[0, 0])
     return figure
+
+
+def is_plane(rows: Rows) -> bool:
+    """Whether :func:`eigenvalue_figure` shows the complex plane.
+
+    Args:
+        rows (Rows): ``real, imag``.
+
+    Returns:
+        bool: False for eigenvalues that are real, or nearly.
+    """
+    real = max(abs(row['real']) for row in rows)
+    return max(abs(row['imag']) for row in rows) > 0.02 * real
 
 
 def _draw_points(
@@ -106,7 +119,7 @@ def _limit(set_limits: Any, values: Any) -> None:
 def _label_eigenvalues(figure: Figure, grid: Any, plane: bool) -> None:
     horizontal = 'Re λ (1/step)' if plane else 'training iteration'
     figure.supxlabel(horizontal, fontsize=8)
-    vertical = 'Im λ (1/step)' if plane else 'λ (1/step)'
+    vertical = 'Im λ (1/step)' if plane else 'Re λ (1/step)'
     figure.supylabel(vertical, fontsize=8)
 
 
@@ -154,21 +167,24 @@ def decay_figure(rows: Rows, series: Sequence[str]) -> Figure:
     return figure
 
 
-def _decay_scale(values: Any) -> Normalize:
+def _decay_scale(values: Any) -> SymLogNorm:
     far = np.abs(values[np.isfinite(values)] - 1)
     largest = float(np.quantile(far, 0.99)) if far.size else 1.0
     # three powers of ten around zero, not below the rounding of float32
     largest = 10.0 ** math.ceil(math.log10(min(max(largest, 1e-3), 10.0)))
-    return SymLogNorm(largest / 1e3, vmin=-largest, vmax=largest)
+    smallest = min(largest / 1e3, 1e-3)
+    return SymLogNorm(smallest, vmin=-largest, vmax=largest)
 
 
-def _decay_ticks(norm: Normalize) -> list[float]:
-    powers = [float(norm.vmax or 1.0) / 10**i for i in range(4)]
+def _decay_ticks(norm: SymLogNorm) -> list[float]:
+    largest = float(norm.vmax or 1.0)
+    count = round(math.log10(largest / norm.linthresh)) + 1
+    powers = [largest / 10**i for i in range(count)]
     return [-x for x in powers] + [0.0] + powers[::-1]
 
 
 def _decay_colors() -> Any:
-    return matplotlib.colormaps['RdBu_r'].with_extremes(bad='#D0D0D0')
+    return matplotlib.colormaps['RdBu_r'].with_extremes(bad=_ABSENT)
 
 
 def _draw_decay(
@@ -181,6 +197,7 @@ def _draw_decay(
     line = {layer: i for i, layer in enumerate(layers)}
     for row in rows:
         values[line[row['layer']], column[row['step']]] = row['value']
+    axes.set_facecolor(_ABSENT)  # also after the last record
     values[np.isposinf(values)] = 1e30  # beyond the scale, not absent
     values -= 1
     axes.pcolormesh(

@@ -1,5 +1,6 @@
 """One look for all figures: sizes, colours, file formats."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 WIDTH = 7.2  # inches, a page of text
 
@@ -81,6 +83,39 @@ def panels(
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, axes
+
+
+def rows_and_columns(count: int, most: int) -> tuple[int, int]:
+    """Arrange panels in lines that are as even as they can be.
+
+    Args:
+        count (int): Of panels.
+        most (int): Panels in a line.
+
+    Returns:
+        tuple[int, int]: Lines, and panels in each; of five panels, at most
+        four in a line, three and two.
+    """
+    lines = max(1, math.ceil(count / most))
+    return lines, max(1, math.ceil(count / lines))
+
+
+def hide_rest(grid: Any, count: int) -> list[Axes]:
+    """Hide panels that are left over, and write the ticks above them.
+
+    Args:
+        grid (ndarray): Axes, two-dimensional, of :func:`panels`.
+        count (int): How many are used.
+
+    Returns:
+        list[Axes]: Those.
+    """
+    axes = list(grid.flat)
+    for i, rest in enumerate(axes[count:], count):
+        rest.set_visible(False)
+        if i >= grid.shape[1]:
+            axes[i - grid.shape[1]].tick_params(labelbottom=True)
+    return axes[:count]
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -182,7 +217,11 @@ def scale(axes: Axes, values: np.ndarray) -> None:
     """
     sizes = np.abs(values)
     typical, largest = np.median(sizes), sizes.max()
-    if values.min() > 0 and largest > 20 * values.min():
+    if values.min() > 0 and largest > 10 * values.min():
         axes.set_yscale('log')
+        if largest < 100 * values.min():  # powers of ten are too few
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter('%g'))
+            axes.yaxis.set_minor_locator(NullLocator())
     elif values.min() <= 0 and largest > 50 * typical > 0:
         axes.set_yscale('symlog', linthresh=float(typical))

@@ -7,7 +7,9 @@ import math
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 
 from mmstabvim.ablation import (
     figures,
@@ -17,7 +19,7 @@ from mmstabvim.ablation import (
     statistics,
     tables,
 )
-from mmstabvim.visualization import eigenvalue_figure
+from mmstabvim.visualization import eigenvalue_figure, style
 
 STABILIZERS = ['none', 'sn', 'all']
 LAYERS = [
@@ -213,6 +215,10 @@ def test_the_page_needs_nothing_else(folder):
     assert 'CPU <1>, 2 cores, 2 training(s) at once' in page.text
     assert 'ValueError: <b>|' in page.text
     assert page.tags.count('table') == 4
+    # a figure of half a line is not blown up
+    widths = [int(x) for x in re.findall(r'max-width: (\d+)px" src', text)]
+    assert len(widths) == len(figures_there)
+    assert max(widths) == round(133 * style.WIDTH)
 
 
 def test_latex(folder):
@@ -344,6 +350,39 @@ def test_stability_takes_the_worst_layer(pictures):
     assert len(eigenvalues) == 3 * 2 * 2
 
 
+def test_time_without_a_record_is_grey(tmp_path, write_cell, write_study):
+    """As it is after a divergence; near 1 the map is white."""
+    cells = [
+        write_cell(
+            tmp_path,
+            dict(kind=kind),
+            0,
+            50.0,
+            stability=stability_lines()[:count],
+        )
+        for kind, count in (('a', 2), ('b', 1))
+    ]
+    write_study(tmp_path, cells, kind=['a', 'b'])
+    figure = pictures_of(tmp_path)['decay'].figure
+    b = figure.axes[1]
+    assert b.get_facecolor() == to_rgba('#D0D0D0')
+    assert b.collections[0].get_array().shape == (4, 1)
+
+
+def test_gradients_are_the_monitor_s(tmp_path, write_cell, write_study):
+    """The log has them where they are clipped only."""
+    lines = [
+        dict(line, grad_norm=[0.1, 0.4, None, 0.2])
+        for line in stability_lines()
+    ]
+    cell = write_cell(tmp_path, dict(kind='a'), 0, 50.0, stability=lines)
+    write_study(tmp_path, [cell], kind=['a'])
+    picture = pictures_of(tmp_path)['stability']
+    rows = [r for r in picture.rows if r['quantity'].startswith('gradient')]
+    assert [(r['step'], r['mean']) for r in rows] == [(1, 0.4), (11, 0.4)]
+    assert picture.figure.axes[-1].get_ylabel() == 'gradient norm of A'
+
+
 def test_scores_are_drawn_at_their_places(pictures):
     picture = pictures['score']
     assert [row['value'] for row in picture.rows[:3]] == [90.0, 92.0, 94.0]
@@ -406,6 +445,158 @@ def test_ladder(tmp_path, write_cell, write_study):
     assert texts[0] == '0/2\n90.50'
     assert texts[2] == '2/2'
     assert texts[5] == '0/1 of 2\n90.00'
+    # what a ladder is there for comes first
+    text = (tmp_path / 'report' / 'report.md').read_text()
+    assert text.index('## Divergence') < text.index('## Results')
+
+
+def test_scores_by_learning_rate(tmp_path, write_cell, write_study):
+    cells = [
+        write_cell(
+            tmp_path,
+            dict(stabilizer=name),
+            seed,
+            None if lr > limit else 50.0 + seed,
+            'diverged' if lr > limit else 'done',
+            lr=lr,
+        )
+        for name, limit in (('none', 0.01), ('sn', 1.0))
+        for lr in (0.01, 0.1)
+        for seed in (0, 2)
+    ]
+    write_study(
+        tmp_path,
+        cells,
+        settings=dict(collapse_below=20),
+        stabilizer=['none', 'sn'],
+    )
+    picture = pictures_of(tmp_path)['score']
+    (axes,) = picture.figure.axes
+    none, sn = (container.lines[0] for container in axes.containers)
+    assert list(none.get_ydata()) == [51.0]
+    assert list(sn.get_ydata()) == [51.0, 51.0]
+    # beside one another around the rate
+    left, right = none.get_xdata()[0], sn.get_xdata()[0]
+    assert left < 0.01 < right
+    assert left * right == pytest.approx(0.01**2)
+    bars = axes.containers[0].lines[2][0].get_segments()
+    half = math.sqrt(2)  # of 50 and 52
+    assert bars[0][:, 1].tolist() == pytest.approx([51 - half, 51 + half])
+    lost = [
+        list(line.get_xdata())
+        for line in axes.get_lines()
+        if line.get_marker() == 'x'
+    ]
+    assert lost[0] == pytest.approx([0.1 / 1.07**0.5])
+    assert lost[1] == []
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [
+        '0.01',
+        '0.1',
+    ]
+    dashed = [x for x in axes.get_lines() if x.get_linestyle() == '--']
+    assert list(dashed[0].get_ydata()) == [20, 20]
+    assert 'below which nothing was learnt' in picture.caption
+
+
+def test_spectra_at_the_border_of_divergence(
+    tmp_path, write_cell, write_study
+):
+    """The last learning rate before, and the first at which one diverged."""
+    rates = (0.001, 0.01, 0.1, 1.0)
+    cells = [
+        write_cell(
+            tmp_path,
+            dict(matrix=matrix, kind='a'),
+            0,
+            50.0 if lr <= limit else None,
+            'done' if lr <= limit else 'diverged',
+            lr=lr,
+            stability=stability_lines(),
+        )
+        for matrix, limit in (('full', 0.01), ('signed', 1.0))
+        for lr in rates
+    ]
+    write_study(tmp_path, cells, matrix=['full', 'signed'], kind=['a'])
+    names = [n for n in pictures_of(tmp_path) if n.startswith('decay')]
+    assert names == [
+        'decay_full_lr_0_01',
+        'decay_full_lr_0_1',
+        'decay_signed_lr_0_001',
+        'decay_signed_lr_1',
+    ]
+
+
+def test_eigenvalues_of_the_start_alone_are_no_picture(
+    tmp_path, write_cell, write_study
+):
+    lines = stability_lines()
+    del lines[1]['eigenvalues']
+    cell = write_cell(tmp_path, dict(kind='a'), 0, 50.0, stability=lines)
+    write_study(tmp_path, [cell], kind=['a'])
+    names = [*pictures_of(tmp_path)]
+    assert 'decay' in names
+    assert 'eigenvalues' not in names
+
+
+@pytest.mark.parametrize('imag', [0.01, 0.5])
+def test_small_imaginary_parts_are_left_out(
+    imag, tmp_path, write_cell, write_study
+):
+    """And told; over the steps more is seen than in a flat plane."""
+    lines = stability_lines(imag)
+    cell = write_cell(tmp_path, dict(kind='a'), 0, 50.0, stability=lines)
+    write_study(tmp_path, [cell], kind=['a'])
+    picture = pictures_of(tmp_path)['eigenvalues']
+    axes = picture.figure.axes[0]
+    points = axes.collections[0].get_offsets().tolist()
+    told = 'Imaginary parts, at most 0.01, are left out.' in picture.caption
+    assert told == (imag < 0.02)
+    steps = [[1, -1], [1, -1], [11, -1], [11, -1]]
+    plane = [[-1, 0.5], [-1, -0.5]] * 2
+    assert points == (steps if told else plane)
+
+
+@pytest.mark.parametrize(
+    ('count', 'most', 'wanted'),
+    [
+        (1, 4, (1, 1)),
+        (3, 4, (1, 3)),
+        (4, 4, (1, 4)),
+        (5, 4, (2, 3)),
+        (8, 4, (2, 4)),
+        (4, 3, (2, 2)),
+        (7, 3, (3, 3)),
+    ],
+)
+def test_panels_are_in_even_lines(count, most, wanted):
+    assert style.rows_and_columns(count, most) == wanted
+
+
+def test_ticks_are_written_above_a_gap():
+    figure, grid = style.panels(2, 3, 1.0, sharex=True)
+    used = style.hide_rest(grid, 5)
+    figure.draw_without_rendering()
+    written = [
+        any(t.label1.get_visible() for t in a.xaxis.get_major_ticks())
+        for a in used
+    ]
+    assert written == [False, False, True, True, True]
+    assert not grid[1, 2].get_visible()
+
+
+def test_axis_of_a_few_powers_has_more_ticks():
+    figure, grid = style.panels(1, 2, 2.0)
+    for axes, values in zip(
+        grid[0], ([2.0, 25.0], [0.001, 25.0]), strict=True
+    ):
+        axes.plot(values)
+        style.scale(axes, np.array(values))
+    figure.draw_without_rendering()
+    few, many = (
+        [t.get_text() for t in axes.get_yticklabels()] for axes in grid[0]
+    )
+    assert {'2', '5', '10', '20'} <= set(few)
+    assert '5' not in many
 
 
 def test_a_study_without_any_result(tmp_path, write_cell, write_study):
@@ -466,11 +657,17 @@ def test_trainings_that_learnt_nothing(
     collapsed = [r['collapsed'] for r in rows_of(tmp_path, 'results')]
     texts = pictures_of(tmp_path)['lr_ladder'].figure.axes[0].texts
     if limit is None:
-        assert (row['largest_stable_lr'], collapsed) == ('0.1', ['0', '0'])
+        assert row['largest_stable_lr'] == row['largest_learning_lr'] == '0.1'
+        assert collapsed == ['0', '0']
         assert 'may have learnt nothing' in text
+        assert 'learns up to' not in text
         assert texts[1].get_text() == '0/2\n50.00'
     else:
-        assert (row['largest_stable_lr'], collapsed) == ('0.01', ['0', '1'])
+        # none diverged; those of one rate have learnt nothing
+        assert row['largest_stable_lr'] == '0.1'
+        assert row['largest_learning_lr'] == '0.01'
+        assert collapsed == ['0', '1']
+        assert '| a | 0/4 | 0 to 49 % | — | ≥0.1 | 0.01 |' in text
         assert '| a | 0.1 | 50.00 ± 56.57 | 2 of 2 | 0/2 | 1/2 |' in text
         assert 'whose score is below 50;' in text
         assert texts[1].get_text() == '0/2\n50.00\n1 collapsed'

@@ -1,5 +1,6 @@
 """What the monitor records, and that it changes nothing."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -13,10 +14,16 @@ from mmstabvim import StabilityMonitorHook
 from mmstabvim.engine.hooks import stability_monitor_hook
 from mmstabvim.engine.hooks.stability_monitor_hook import (
     gradient_norms,
+    parameters_of,
     quantiles,
-    to_floats,
+    to_host,
 )
-from mmstabvim.layers.state_matrix import build_state_matrix, state_matrices
+from mmstabvim.layers.selective_ssm import SelectiveSSM
+from mmstabvim.layers.state_matrix import (
+    SpectralNormalization,
+    build_state_matrix,
+    state_matrices,
+)
 
 LAYERS = [
     f'backbone.layers.{layer}.mixer.directions.{direction}'
@@ -70,11 +77,32 @@ def test_records_every_layer_and_direction(config, kind):
     columns = [last[name] for name in ordered]
     assert all(list(c) == sorted(c) for c in zip(*columns, strict=True))
     assert min(last['grad_norm']) > 0
-    assert set(rows[0]['eigenvalues']) == set(LAYERS)
-    assert 'eigenvalues' not in last
+    assert all(set(row['eigenvalues']) == set(LAYERS) for row in rows)
     # nobody looks any more
     for module in runner.model.modules():
         assert not getattr(module, 'observers', [])
+
+
+@pytest.mark.parametrize(
+    ('interval', 'eigenvalue_interval', 'wanted'),
+    [
+        (2, 0, []),
+        (2, 2, [1, 5]),
+        (1, None, [1, 3, 5, 7, 9, 11]),  # six of twelve
+    ],
+)
+def test_how_often_eigenvalues_are_kept(
+    config, interval, eigenvalue_interval, wanted, monkeypatch
+):
+    monkeypatch.setattr(stability_monitor_hook, '_SNAPSHOTS', 6)
+    if eigenvalue_interval is None:
+        config.train_cfg.max_epochs = 4  # of three iterations
+    config.custom_hooks[0].update(
+        interval=interval, eigenvalue_interval=eigenvalue_interval
+    )
+    train(config)
+    found = [row['step'] for row in records(config) if 'eigenvalues' in row]
+    assert found == wanted
 
 
 def test_numbers_of_the_first_step(config):
@@ -151,22 +179,101 @@ def test_bfloat16(config):
     assert radius == pytest.approx([4.0] * 4, rel=0.01)
 
 
-def test_one_transfer_to_the_host(monkeypatch):
-    """All scalars of a record are stacked first."""
-    calls = []
-    stack = torch.stack
-
-    def counted(tensors, *args, **kwargs):
-        calls.append(len(tensors))
-        return stack(tensors, *args, **kwargs)
-
-    monkeypatch.setattr(stability_monitor_hook.torch, 'stack', counted)
+def test_table_to_the_host():
     table = {
-        'a': {'x': torch.tensor(1.0), 'y': torch.tensor(2.0).double()},
-        'b': {'x': torch.tensor(3)},
+        'a': {'x': torch.tensor(1.0), 'y': torch.eye(2).bfloat16()},
+        'b': {'x': torch.tensor(3), 'z': torch.zeros(0)},
     }
-    assert to_floats(table) == {'a': {'x': 1.0, 'y': 2.0}, 'b': {'x': 3.0}}
-    assert calls == [3]
+    found = to_host(table)
+    assert found['a']['x'] == 1
+    assert torch.equal(found['a']['y'], torch.eye(2))
+    assert found['b']['x'] == 3
+    assert found['b']['z'].shape == (0,)
+    assert to_host({}) == {}
+    wide = torch.tensor(0.1, dtype=torch.float64)
+    assert to_host({'a': {'x': wide}})['a']['x'].item() == 0.1
+
+
+@pytest.mark.parametrize('kind', ['neg_exp', 'complex', 'full'])
+def test_one_transfer_to_the_host(config, kind, monkeypatch):
+    """Every number of a record comes from it, eigenvalues too."""
+    transfers = []
+
+    def doubled(table):
+        transfers.append(table)
+        return {
+            name: {key: 2 * x for key, x in row.items()}
+            for name, row in to_host(table).items()
+        }
+
+    monkeypatch.setattr(stability_monitor_hook, 'to_host', doubled)
+    config.model.backbone.state_matrix = dict(type=kind)
+    config.optim_wrapper.optimizer.lr = 0.0
+    config.custom_hooks.append(
+        dict(type='mmstabvim.EigenvalueClampingHook', mode='reparam')
+    )
+    config.custom_hooks[0]['eigenvalue_interval'] = 1
+    runner = train(config)
+    rows = records(config)
+    assert len(transfers) == len(rows) == 3
+    matrices = state_matrices(runner.model)
+    for place, matrix in enumerate(matrices.values()):
+        doubled = copy.deepcopy(matrix)
+        for parameter in doubled.parameters():
+            parameter.data.mul_(2)
+        with torch.no_grad():
+            radius = doubled.eigenvalues().abs().max().item()
+        assert rows[0]['spectral_radius'][place] == pytest.approx(radius)
+        found = torch.tensor(rows[0]['eigenvalues'][LAYERS[place]])
+        largest = found.norm(dim=-1).max().item()
+        assert largest == pytest.approx(radius, rel=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['neg_exp', 'signed', 'complex', 'full'])
+def test_nothing_waits_for_the_device_before(kind):
+    """Tensors without values go through, so no value is looked at."""
+    with torch.device('meta'):
+        ssm = SelectiveSSM(8, 4, state_matrix=dict(type=kind))
+        delta = torch.empty(2, 7, 8)
+        bound = torch.empty(8)
+    matrix = ssm.state_matrix
+    matrix.reparametrizations = [SpectralNormalization(rho_max=bound)]
+    for parameter in matrix.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    hook = StabilityMonitorHook()
+    hook._observer('a')(delta)
+    hook._grads = gradient_norms({'a.state_matrix': matrix})
+    table = {**hook.collect({'a': matrix}), **parameters_of({'a': matrix})}
+    tensors = [x for row in table.values() for x in row.values()]
+    assert {x.device.type for x in tensors} == {'meta'}
+    assert len(tensors) == 4 + 1 + 1 + len(list(matrix.parameters()))
+
+
+@pytest.mark.parametrize('kind', ['signed', 'complex', 'full'])
+def test_what_reparametrization_changes(config, kind):
+    """The share of the eigenvalues that differ, and by how much."""
+    config.model.backbone.state_matrix = dict(type=kind)
+    config.optim_wrapper.optimizer.lr = 0.0
+    config.custom_hooks += [
+        dict(
+            type='mmstabvim.SpectralNormalizationHook',
+            rho_max='init',
+            mode='reparam',
+        ),
+        dict(type='mmstabvim.EigenvalueClampingHook', eps=2.5, mode='reparam'),
+    ]
+    train(config)
+    row = records(config)[0]
+    share, distance = row['projected_share'], row['projection_distance']
+    if kind == 'complex':  # s4d_lin: all real parts are -1/2
+        assert share == [1.0] * 4
+        assert distance == pytest.approx([2.0 * math.sqrt(4 * 32)] * 4)
+        return
+    # of -1 ... -4, two move, by 1.5 and 0.5
+    count = 32 if kind == 'signed' else 1
+    assert share == pytest.approx([0.5] * 4)
+    wanted = math.sqrt(count * (1.5**2 + 0.5**2))
+    assert distance == pytest.approx([wanted] * 4, rel=1e-5)
 
 
 def test_quantiles_of_many_numbers():

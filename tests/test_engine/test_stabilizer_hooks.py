@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from small_runs import (
@@ -26,7 +27,11 @@ from mmstabvim import (
 )
 from mmstabvim.engine.hooks import stabilizer_hook
 from mmstabvim.layers.selective_ssm import SelectiveSSM
-from mmstabvim.layers.state_matrix import state_matrices
+from mmstabvim.layers.state_matrix import (
+    EigenvalueClamping,
+    SpectralNormalization,
+    state_matrices,
+)
 
 SN = dict(type='mmstabvim.SpectralNormalizationHook')
 EC = dict(type='mmstabvim.EigenvalueClampingHook')
@@ -262,6 +267,45 @@ def test_average_of_stable_matrices_is_projected(config):
             assert found <= -0.01 + 1e-5
 
 
+class Probe(Hook):
+    """The state matrices at the end of each iteration."""
+
+    priority = 'VERY_LOW'
+
+    def __init__(self):
+        self.seen = []
+
+    def after_train_iter(
+        self, runner, batch_idx, data_batch=None, outputs=None
+    ):
+        matrices = state_matrices(runner.model).values()
+        self.seen.append([m.A.detach().clone() for m in matrices])
+
+
+def test_averages_are_of_projected_weights(config):
+    config.custom_hooks = [
+        dict(type='EMAHook', momentum=0.25),
+        dict(EC, eps=0.98),
+    ]
+    config.val_cfg = config.val_evaluator = config.val_dataloader = None
+    config.experiment_name = 'averages'
+    runner, probe = Runner.from_cfg(copy.deepcopy(config)), Probe()
+    runner.register_hook(probe)
+    runner.train()
+    ema = next(h for h in runner.hooks if type(h).__name__ == 'EMAHook')
+    found = [m.A for m in state_matrices(ema.ema_model.module).values()]
+    assert len(probe.seen) == 3
+    # something was projected, to the bound
+    assert all(max(A.max() for A in seen) == -0.98 for seen in probe.seen[1:])
+    wanted = probe.seen[0]
+    for seen in probe.seen[1:]:
+        wanted = [
+            0.75 * a + 0.25 * b for a, b in zip(wanted, seen, strict=True)
+        ]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize('mode', ['project', 'reparam'])
 @pytest.mark.parametrize('matrix', ['signed', 'full'])
 def test_resume_repeats_the_uninterrupted_run(config, tmp_path, matrix, mode):
@@ -342,22 +386,118 @@ def test_two_processes_stay_equal(config, tmp_path):
 
 IDLE = {
     'discrete SN': [dict(SN, domain='discrete')],
+    'EC': [EC],
     'EC without distance': [dict(EC, eps=0.0)],
     'SP': [SP],
     'SP after EC': [dict(EC, eps=0.0), SP],
+    'all': [dict(SN, domain='discrete'), EC, SP],
 }
 
 
+@pytest.mark.parametrize('matrix', ['neg_exp', 'complex'])
 @pytest.mark.parametrize('idle', IDLE)
-def test_idle_stabilizers_warn_once_and_change_nothing(config, idle, warnings):
+def test_idle_stabilizers_warn_once_and_change_nothing(
+    config, idle, matrix, warnings
+):
     """Negative exponentials are stable anyway: bit for bit the baseline."""
-    config.model.backbone.state_matrix = dict(type='neg_exp')
+    config.model.backbone.state_matrix = dict(type=matrix)
+    config.val_cfg = config.val_evaluator = config.val_dataloader = None
+    config.optim_wrapper.optimizer.lr = 0.02  # leaves the slowest fast enough
     baseline = weights(config)
     config.custom_hooks = IDLE[idle]
     changed = weights(config)
     assert all(torch.equal(baseline[name], changed[name]) for name in baseline)
     assert len(warnings) == len(IDLE[idle]), warnings
-    assert all('never' in w or 'zero throughout' in w for w in warnings)
+    assert all(
+        'nothing to change' in w or 'zero throughout' in w for w in warnings
+    )
+
+
+STABLE_ONLY = ('neg_exp', 'complex')
+FREE = ('signed', 'complex free', 'full')
+
+
+def state_of(kind, where):
+    """A matrix at its start, with fast, slow or growing modes."""
+    options = dict(type=kind.split()[0])
+    if kind == 'complex free':
+        options['real_part'] = 'free'
+    ssm = SelectiveSSM(4, 4, state_matrix=options)
+    parameters = dict(ssm.state_matrix.named_parameters())
+    name = next(iter(parameters))
+    shift = {'start': 0.0, 'fast': 0.0, 'slow': 0.995, 'growing': 1.7}[where]
+    with torch.no_grad():
+        if where == 'fast':  # and within the disc of radius 1
+            for parameter in parameters.values():
+                parameter.mul_(0.05)
+            if kind in STABLE_ONLY:
+                parameters[name].fill_(math.log(0.4))
+        elif kind in STABLE_ONLY and where == 'slow':
+            parameters[name][..., 0] = math.log(0.005)
+        elif kind == 'full':
+            parameters[name] += shift * torch.eye(2)
+        elif kind in FREE:
+            parameters[name] += shift * (0.5 if 'complex' in kind else 1.0)
+    return ssm
+
+
+def changed_by(ssm, **rule):
+    """Whether a projection changes a bit of the parameters."""
+    before = [p.detach().clone() for p in ssm.state_matrix.parameters()]
+    if 'eps' in rule:
+        ssm.state_matrix.clamp_eigenvalues_(**rule)
+    else:
+        ssm.state_matrix.spectral_normalize_(**rule)
+    return not all(map(torch.equal, before, ssm.state_matrix.parameters()))
+
+
+def penalized(ssm):
+    """Whether the penalty is positive; without it there is no gradient."""
+    loss = StabilityLoss(loss_weight=1.0)(ssm)
+    loss.backward()
+    grads = [p.grad for p in ssm.state_matrix.parameters()]
+    moved = any(g is not None and bool(g.any()) for g in grads)
+    assert moved == bool(loss > 0)
+    return moved
+
+
+@pytest.mark.parametrize('kind', [*STABLE_ONLY, *FREE])
+@pytest.mark.parametrize('where', ['start', 'fast', 'slow', 'growing'])
+def test_which_stabilizer_does_anything(kind, where):
+    """Every cell of the table in docs/stabilizers.md."""
+    if kind in STABLE_ONLY and where == 'growing':
+        pytest.skip('cannot grow')
+    # S4D-Real: -1 ... -4; the others' modes have the modulus 0.4 or less
+    assert changed_by(state_of(kind, where)) == (where != 'fast')
+    growing = where == 'growing'
+    discrete = dict(domain='discrete', rho_max=1.0)
+    assert changed_by(state_of(kind, where), **discrete) == growing
+    slow = where in ('slow', 'growing')
+    assert changed_by(state_of(kind, where), eps=0.01) == slow
+    assert penalized(state_of(kind, where)) == growing
+
+
+def test_clamping_that_may_act_says_nothing(config, warnings):
+    """Where a mode is too slow, or a bound on the fast ones is asked for."""
+    for hook in (dict(EC, eps=1.5), dict(EC, lambda_max=100.0)):
+        config.model.backbone.state_matrix = dict(type='neg_exp')
+        config.train_cfg.max_epochs = 1
+        config.custom_hooks = [hook]
+        train(config)
+    assert warnings == []
+
+
+def test_penalty_beside_a_clamp_in_the_forward_pass():
+    """It sees the raw parameters, so it has a gradient."""
+    ssm = ssm_with([[0.5, -1.0, 0.02], [0.005, 0.01, -3.0]])
+    hook = EigenvalueClampingHook(mode='reparam')
+    ssm.state_matrix.reparametrizations = [hook.rule]
+    assert ssm.state_matrix.eigenvalues().max() <= -0.01
+    loss = StabilityLoss(loss_weight=1.0)(ssm)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.50, abs=1e-6)
+    wanted = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    assert torch.equal(ssm.state_matrix.A.grad, wanted)
 
 
 def test_penalty_after_projection_is_idle(config, warnings):
@@ -567,6 +707,22 @@ def test_a_model_without_state_matrix_is_refused(config, hook):
             dict(mode='parametrize'),
             r"mode must be one of \('project', 'reparam'\)",
         ),
+        (
+            SpectralNormalizationHook,
+            dict(domain='z'),
+            r"domain must be one of \('continuous', 'discrete'\), got 'z'",
+        ),
+        (
+            SpectralNormalizationHook,
+            dict(granularity='row'),
+            r"one of \('channel', 'layer', 'block'\), got 'row'",
+        ),
+        (
+            EigenvalueClampingHook,
+            dict(domain='z'),
+            r"domain must be one of \('continuous', 'discrete'\), got 'z'",
+        ),
+        (EigenvalueClampingHook, dict(grad='no'), 'grad must be one of'),
         (EigenvalueClampingHook, dict(method='qr'), 'method must be one of'),
         (
             EigenvalueClampingHook,
@@ -587,6 +743,39 @@ def test_a_model_without_state_matrix_is_refused(config, hook):
 def test_bad_arguments(hook, options, message):
     with pytest.raises(ValueError, match=message):
         hook(**options)
+
+
+def test_defaults():
+    """Those of the method as published, where it says them."""
+    normalization = SpectralNormalizationHook()
+    assert normalization.mode == EigenvalueClampingHook().mode == 'project'
+    assert normalization.rule == SpectralNormalization()
+    assert EigenvalueClampingHook().rule == EigenvalueClamping()
+    loss = StabilityLoss()
+    assert (loss.eps, loss.reduction, loss.loss_weight) == (0.01, 'sum', 1e-4)
+    assert loss.surrogate is None
+    assert StabilityLoss(reduction='mean').loss_weight == 1.0
+    hook = StabilityLossHook()
+    assert (hook.key, hook.loss.eps) == ('loss_stab', 0.01)
+
+
+@pytest.mark.parametrize('matrix', ['signed', 'full'])
+def test_gradient_options_reach_the_forward_pass(config, matrix):
+    """Other gradients, other weights; the rules hold all the same."""
+    config.model.backbone.state_matrix = dict(MATRICES[matrix])
+    config.val_cfg = config.val_evaluator = config.val_dataloader = None
+    results = []
+    for grad, detach_scale in (('ste', False), ('clamp', True)):
+        config.custom_hooks = [
+            dict(SN, rho_max=2.0, mode='reparam', detach_scale=detach_scale),
+            dict(EC, eps=0.75, mode='reparam', grad=grad),
+        ]
+        model = train(config).model
+        assert abscissa(model) <= -0.75 + 1e-4
+        results.append(model.state_dict())
+    assert any(
+        not torch.equal(a, results[1][k]) for k, a in results[0].items()
+    )
 
 
 def test_loss_needs_a_state_matrix():

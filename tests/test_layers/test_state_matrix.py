@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmstabvim.layers.selective_ssm import SelectiveSSM, run_directions
 from mmstabvim.layers.state_matrix import (
@@ -401,6 +402,12 @@ def test_one_decomposition_for_all(decompositions):
         for _ in range(2):  # a second forward pass, a second gradient
             sum(x.abs().sum() for x in matrix.scan_matrices(B, C)).backward()
     assert decompositions == [(6, 8, 8)]
+    decompose_together(matrices)  # at the start of another forward pass
+    assert decompositions == [(6, 8, 8)]
+    with torch.no_grad():
+        matrices[1].blocks.mul_(2)
+    decompose_together(matrices)
+    assert decompositions == [(6, 8, 8)] * 2
 
 
 def test_decomposed_anew_when_a_parameter_changes(decompositions):
@@ -413,6 +420,120 @@ def test_decomposed_anew_when_a_parameter_changes(decompositions):
     assert len(decompositions) == 2
     # twice the blocks, and the low rank is zero at the start
     assert torch.allclose(second, 2 * first)
+
+
+def other_parameters(matrix):
+    """The same matrices, twice as large."""
+    other = copy.deepcopy(matrix)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.mul_(2 if name == 'blocks' else 2**0.5)
+    return other
+
+
+def change_in_place(matrix, other):
+    with torch.no_grad():
+        for mine, new in zip(
+            matrix.parameters(), other.parameters(), strict=True
+        ):
+            mine.copy_(new)
+
+
+def load(matrix, other):
+    matrix.load_state_dict(other.state_dict())
+
+
+def load_by_assignment(matrix, other):
+    matrix.load_state_dict(other.state_dict(), assign=True)
+
+
+def swap_data(matrix, other):
+    """As EMAHook exchanges a model's weights with the averages."""
+    for mine, new in zip(matrix.parameters(), other.parameters(), strict=True):
+        mine.data, new.data = new.data, mine.data
+
+
+def replace_parameters(matrix, other):
+    for name, parameter in list(other.named_parameters()):
+        setattr(matrix, name, parameter)
+
+
+@pytest.mark.parametrize('without_grad', [False, True])
+@pytest.mark.parametrize(
+    'change',
+    [
+        change_in_place,
+        load,
+        load_by_assignment,
+        swap_data,
+        replace_parameters,
+    ],
+)
+def test_no_change_is_missed(change, without_grad, decompositions):
+    """And none is decomposed twice."""
+    matrix = disturb(build('full'), 0.2)
+    other = other_parameters(matrix)
+    B, C = torch.randn(2, 1, 5, 8)
+    with torch.set_grad_enabled(not without_grad):
+        first = matrix.scan_matrices(B, C).A
+        again = matrix.scan_matrices(B, C).A
+        change(matrix, other)
+        second = matrix.scan_matrices(B, C).A
+    assert torch.equal(again, first)
+    assert len(decompositions) == 2
+    gap = (second[..., None] - 2 * first[..., None, :]).abs().amin(-1)
+    assert gap.max() <= 1e-4
+
+
+def test_optimizer_steps_change_the_decomposition(decompositions):
+    """One for each step, however often the model runs in it."""
+    matrix = build('full')
+    optimizer = torch.optim.SGD(matrix.parameters(), lr=0.1)
+    B, C = torch.randn(2, 1, 5, 8)
+    seen = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):
+            A = matrix.scan_matrices(B, C).A
+            A.real.sum().backward()
+        seen.append(A.detach().real.sum().item())
+        optimizer.step()
+    assert len(decompositions) == 3
+    assert seen[0] > seen[1] > seen[2]
+
+
+def test_recomputed_layers_use_the_same_decomposition(decompositions):
+    """Activation checkpointing: same bits, same gradients."""
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(8, 4, state_matrix=dict(type='full', groups=2))
+    x = torch.randn(2, 9, 8)
+    results = []
+    for again in (False, True):
+        ssm.zero_grad()
+        y = checkpoint(ssm, x, use_reentrant=False) if again else ssm(x)
+        y.sin().sum().backward()
+        results.append([y.detach(), *(p.grad for p in ssm.parameters())])
+    assert all(map(torch.equal, *results))
+    assert len(decompositions) == 1
+
+
+def test_compiled_layers_notice_a_change():
+    torch.manual_seed(0)
+    ssm = SelectiveSSM(8, 4, state_matrix=dict(type='full', groups=2))
+    compiled = torch.compile(ssm, backend='aot_eager')
+    x = torch.randn(2, 9, 8)
+    for _ in range(2):
+        y = compiled(x)
+        torch.testing.assert_close(y, ssm(x))
+        y.sin().sum().backward()
+        grads = [p.grad.clone() for p in ssm.parameters()]
+        ssm.zero_grad()
+        ssm(x).sin().sum().backward()
+        for compiled_grad, p in zip(grads, ssm.parameters(), strict=True):
+            torch.testing.assert_close(compiled_grad, p.grad)
+        ssm.zero_grad()
+        with torch.no_grad():
+            ssm.state_matrix.blocks.mul_(2)
 
 
 def test_shared_computation_gives_the_same_bits():
@@ -662,6 +783,55 @@ def test_gradient_passes_a_clamp():
     assert torch.equal(matrix.A.grad, torch.ones_like(matrix.A))
 
 
+@pytest.mark.parametrize('kind', ['signed', 'complex free', 'full'])
+def test_literal_gradient_of_a_clamp(kind):
+    """None for what is clamped; a stuck parameter never returns."""
+    matrix = build(kind)
+    rule = EigenvalueClamping(eps=2.5, lambda_max=100.0, grad='clamp')
+    # -1 and -2 are clamped
+    if kind == 'complex free':
+        with torch.no_grad():
+            matrix.re.copy_(-torch.arange(1.0, 9).expand(8, 8))
+            matrix.im.zero_()
+    matrix.reparametrizations = [rule]
+    matrix.eigenvalues().real.sum().backward()
+    parameter = matrix.raw()[0]
+    if kind == 'full':  # d lambda / d A of a diagonal matrix
+        grad = parameter.grad.diagonal(dim1=-2, dim2=-1).flatten(1)
+    else:
+        grad = parameter.grad
+    clamped = torch.arange(8) < 2
+    assert torch.allclose(grad[:, clamped], torch.tensor(0.0), atol=1e-5)
+    assert torch.allclose(grad[:, ~clamped], torch.tensor(1.0), atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['neg_exp', 'signed', 'complex free', 'full'])
+@pytest.mark.parametrize('domain', ['continuous', 'discrete'])
+def test_scale_without_gradient(kind, domain):
+    """The matrix is as with it, its gradient that of a constant scale."""
+    gradients = []
+    for detached in (False, True):
+        matrix = disturb(build(kind), 0.3).double()
+        rule = SpectralNormalization(
+            rho_max=0.5, domain=domain, detach_scale=detached
+        )
+        matrix.reparametrizations = [rule]
+        values = matrix.eigenvalues()
+        assert_obeys(matrix, rule)
+        (values.real.sin().sum()).backward()
+        gradients.append(matrix.raw()[0].grad)
+        if detached and kind == 'signed':
+            a = matrix.A.detach()
+            if domain == 'continuous':
+                scale = a.abs().amax(-1, keepdim=True) / 0.5
+                wanted = (a / scale).cos() / scale
+            else:
+                target = math.log(0.5) / rule.delta_ref
+                wanted = (a - (a.amax(-1, keepdim=True) - target)).cos()
+            assert torch.allclose(gradients[1], wanted)
+    assert not torch.allclose(*gradients)
+
+
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 @kinds
 def test_non_finite_parameters_raise(kind, bad):
@@ -698,6 +868,11 @@ def test_in_a_layer(kind):
         assert torch.isfinite(p.grad).all(), name
     with torch.autocast('cpu', torch.bfloat16):
         narrow = run_directions([a, b], x)
+        token = torch.randn(2, 11, a.sizes[1]).bfloat16()
+        scanned = a.state_matrix.scan_matrices(token, token)
+        inside = a.state_matrix.eigenvalues()
+    for A in (scanned.A, inside):
+        assert A.dtype in (torch.float32, torch.complex64)
     assert narrow.dtype == torch.bfloat16
     assert (narrow - both).abs().max() <= 0.05 * both.abs().max()
     assert a.state_matrix.eigenvalues().dtype in (
@@ -725,6 +900,33 @@ def test_observers_see_the_step_size():
 def test_found_by_name():
     model = torch.nn.Sequential(SelectiveSSM(4, 2), SelectiveSSM(4, 2))
     assert list(state_matrices(model)) == ['0.state_matrix', '1.state_matrix']
+
+
+def test_defaults():
+    """Those that configs leave out."""
+    full = build_state_matrix(8, 8, 'full')
+    assert (full.groups, full.block_size, full.rank) == (1, 2, 1)
+    assert full.kappa_max == 1e3
+    assert type(build_state_matrix(8, 8)).__name__ == 'NegExpStateMatrix'
+    assert SelectiveSSM(8).b_disc == 'euler'
+    normalization, clamping = SpectralNormalization(), EigenvalueClamping()
+    assert vars(normalization) == dict(
+        rho_max=1.0,
+        domain='continuous',
+        granularity='channel',
+        delta_ref=SelectiveSSM.dt_max,
+        radius='exact',
+        detach_scale=False,
+    )
+    assert vars(clamping) == dict(
+        domain='continuous',
+        eps=0.01,
+        margin=1e-3,
+        delta_ref=SelectiveSSM.dt_max,
+        lambda_max=None,
+        method=None,
+        grad='ste',
+    )
 
 
 # --------------------------------------------------------------- bad input
@@ -777,6 +979,7 @@ def test_bad_options(options, message):
         (EigenvalueClamping, dict(eps=-0.1), 'eps must be at least 0'),
         (EigenvalueClamping, dict(margin=1.0), 'margin must be between'),
         (EigenvalueClamping, dict(method='svd'), "method must be one of .*'s"),
+        (EigenvalueClamping, dict(grad='none'), "grad must be one of .*'ste'"),
         (
             EigenvalueClamping,
             dict(eps=2.0, lambda_max=1.0),

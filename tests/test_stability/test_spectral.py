@@ -37,6 +37,7 @@ def test_deterministic_matrices():
     big, small = detmat(16, 16, 0), detmat(4, 4, 0)
     assert_printed(torch.linalg.matrix_norm(big, 2), 5.1523025259)
     assert_printed(spectral_radius(big), 2.9077054341)
+    assert_printed(torch.linalg.matrix_norm(small, 2), 2.0679896840)
     assert_printed(spectral_abscissa(big), 2.5363733452)
     assert_printed(spectral_abscissa(small), 1.3073636183)
     assert_printed(spectral_radius(small), 1.8825587884)
@@ -57,6 +58,7 @@ def test_stable_matrix_with_positive_numerical_abscissa():
     assert_printed(spectral_radius(A), 2.0339127010)
     assert_printed(spectral_abscissa(A), -0.3299883721)
     assert_printed(numerical_abscissa(A), 0.1865214236)
+    assert_printed(torch.linalg.matrix_norm(A, 2), 2.2816494459)
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 5])

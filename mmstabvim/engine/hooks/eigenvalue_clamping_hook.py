@@ -30,6 +30,9 @@ class EigenvalueClampingHook(StabilizerHook):
             forward pass. Defaults to None.
         mode (str): ``'project'`` in place after each step, or ``'reparam'``
             in every forward pass. Defaults to ``'project'``.
+        grad (str): With ``'reparam'``, the gradient of a clamped eigenvalue:
+            ``'ste'`` passes it straight through, ``'clamp'`` is zero.
+            Defaults to ``'ste'``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -46,6 +49,7 @@ class EigenvalueClampingHook(StabilizerHook):
         lambda_max: float | None = None,
         method: str | None = None,
         mode: str = 'project',
+        grad: str = 'ste',
     ) -> None:
         super().__init__(mode)
         if mode == 'reparam' and method == 'schur':
@@ -54,7 +58,7 @@ class EigenvalueClampingHook(StabilizerHook):
                 "'shift' with mode='reparam'"
             )
         self.rule = EigenvalueClamping(
-            domain, eps, margin, delta_ref, lambda_max, method
+            domain, eps, margin, delta_ref, lambda_max, method, grad
         )
 
     def rule_for(self, name: str, matrix: StateMatrix) -> EigenvalueClamping:
@@ -62,11 +66,13 @@ class EigenvalueClampingHook(StabilizerHook):
         return self.rule
 
     def why_idle(self, matrix: StateMatrix) -> str | None:
-        """Without a distance a stable parametrization obeys always."""
-        if (
-            not matrix.can_be_unstable
-            and self.rule.floor == 0
-            and self.rule.lambda_max is None
-        ):
-            return f'{type(matrix).__name__} has negative real parts only'
-        return None
+        """A stable parametrization obeys but where a mode is very slow."""
+        if matrix.can_be_unstable or self.rule.lambda_max is not None:
+            return None
+        why = f'{type(matrix).__name__} has negative real parts only'
+        floor = self.rule.floor
+        if floor == 0:
+            return why
+        if matrix.raw_eigenvalues().real.max() > -floor:
+            return None
+        return f'{why}, and no mode is slower than {floor:g} per step so far'

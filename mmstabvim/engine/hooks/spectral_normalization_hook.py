@@ -45,6 +45,8 @@ class SpectralNormalizationHook(StabilizerHook):
             to ``'exact'``.
         mode (str): ``'project'`` in place after each step, or ``'reparam'``
             in every forward pass. Defaults to ``'project'``.
+        detach_scale (bool): With ``'reparam'``, let no gradient flow through
+            the scale. Defaults to False.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -60,6 +62,7 @@ class SpectralNormalizationHook(StabilizerHook):
         delta_ref: float = 0.1,
         radius: str = 'exact',
         mode: str = 'project',
+        detach_scale: bool = False,
     ) -> None:
         super().__init__(mode)
         self.from_start = rho_max == 'init'
@@ -78,6 +81,7 @@ class SpectralNormalizationHook(StabilizerHook):
             granularity,
             delta_ref,
             radius,
+            detach_scale,
         )
         self._start: dict[str, torch.Tensor] = {}
         self._loaded: dict[str, torch.Tensor] = {}

@@ -1,7 +1,9 @@
 """Watch the state matrices, step sizes and gradients during training."""
 
+import copy
+import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,23 @@ from mmstabvim.engine.hooks.stabilizer_hook import (
     optimizers_of,
 )
 from mmstabvim.layers.selective_ssm import SelectiveSSM
-from mmstabvim.layers.state_matrix import StateMatrix, state_matrices
+from mmstabvim.layers.state_matrix import (
+    FullStateMatrix,
+    StateMatrix,
+    decompose_together,
+    state_matrices,
+)
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.penalty import stability_penalty
 
 QUANTILES = (0.01, 0.5, 0.99)
 FILE_NAME = 'stability.jsonl'
 """In the folder of the run; one JSON object per record."""
+
+_SNAPSHOTS = 20  # of the eigenvalues, if not told otherwise
+
+# prefixes of what is brought to the host and not recorded as it is
+_OWN, _STEP, _BOUND = 'own:', 'step:', 'rho_max:'
 
 SUMMARY: dict[str, Callable[[list[float]], float]] = {
     'spectral_radius': max,
@@ -53,20 +65,23 @@ class StabilityMonitorHook(Hook):
     in tokens (1 over the product of the mean
     step and the real part), the norm of A's gradient as
     the optimizer sees it (unscaled and clipped), and what the stabilizers
-    did: ``projected_share`` of the parameters and ``projection_distance``.
+    did: ``projected_share`` of the parameters and ``projection_distance``, in
+    the mode ``'reparam'`` both of the eigenvalues.
 
     Written to ``stability.jsonl`` in the run's folder, to every visual
     backend as ``stab/<layer>/<name>``, and in one number over all layers to
     the message hub as ``train/stab/<name>``, which the log shows.
 
-    All numbers of a record reach the host in one transfer. In a model
+    All that a record needs reaches the host in one transfer, the parameters
+    of the state matrices with it; eigenvalues are computed there. In a model
     without state matrices the norm of each layer's gradient is recorded.
 
     Args:
         interval (int): Iterations between two records. Defaults to 50.
         eps (float): Threshold of the penalty, 1/step. Defaults to 0.01.
-        eigenvalue_interval (int): Records between two that hold the
-            eigenvalues themselves; 0 for none. Defaults to 10.
+        eigenvalue_interval (int, optional): Records between two that hold
+            the eigenvalues themselves; 0 for none. Defaults to None, for
+            about twenty over the whole training.
         max_eigenvalues (int): Eigenvalues kept of each layer and direction,
             evenly spread over its channels. Defaults to 256.
 
@@ -81,10 +96,11 @@ class StabilityMonitorHook(Hook):
         self,
         interval: int = 50,
         eps: float = 0.01,
-        eigenvalue_interval: int = 10,
+        eigenvalue_interval: int | None = None,
         max_eigenvalues: int = 256,
     ) -> None:
-        if interval < 1 or eigenvalue_interval < 0 or max_eigenvalues < 1:
+        few = eigenvalue_interval is not None and eigenvalue_interval < 0
+        if interval < 1 or few or max_eigenvalues < 1:
             raise ValueError(
                 'interval and max_eigenvalues must be at least 1 and '
                 f'eigenvalue_interval at least 0, got {interval}, '
@@ -140,21 +156,28 @@ class StabilityMonitorHook(Hook):
         if not self._is_due(runner):
             return
         ssms = _ssms(runner)
-        table = {name: self._row(name, ssm) for name, ssm in ssms.items()}
-        if not ssms:
-            table = {n: {'grad_norm': norm} for n, norm in self._grads.items()}
+        matrices = {name: ssm.state_matrix for name, ssm in ssms.items()}
+        measured = self.collect(matrices)
         for hook in _stabilizers(runner):
             hook.measuring = False
             for name, values in hook.measured.items():
-                row = table[name.removesuffix('.state_matrix')]
+                row = measured[name.removesuffix('.state_matrix')]
                 for key, value in values.items():
                     row[key] = row[key].maximum(value) if key in row else value
             hook.measured.clear()
         for ssm in ssms.values():
             ssm.observers.clear()
-        rows = to_floats(table)
+        found = to_host({**measured, **parameters_of(matrices)})
+        twins = {
+            name: on_host(matrix, found[_OWN + name])
+            for name, matrix in matrices.items()
+        }
+        decompose_together(twins.values())
+        rows = {
+            name: self._row(found[name], twins.get(name)) for name in measured
+        }
         self._publish(runner, rows)
-        self._write(runner, rows, ssms)
+        self._write(runner, rows, twins)
         self._records += 1
 
     def _is_due(self, runner: Runner) -> bool:
@@ -175,23 +198,54 @@ class StabilityMonitorHook(Hook):
 
         return look
 
+    def collect(
+        self, matrices: Mapping[str, StateMatrix]
+    ) -> dict[str, dict[str, Tensor]]:
+        """What steps and gradients have shown, still on the device.
+
+        Args:
+            matrices (Mapping[str, StateMatrix]): By the names of their
+                layers; empty for a model without any.
+
+        Returns:
+            dict[str, dict[str, Tensor]]: A row for each layer.
+        """
+        if not matrices:
+            return {n: {'grad_norm': norm} for n, norm in self._grads.items()}
+        table = {}
+        for name in matrices:
+            row = {_STEP + k: v for k, v in self._steps.get(name, {}).items()}
+            if f'{name}.state_matrix' in self._grads:
+                row['grad_norm'] = self._grads[f'{name}.state_matrix']
+            table[name] = row
+        return table
+
     @torch.no_grad()
-    def _row(self, name: str, ssm: SelectiveSSM) -> dict[str, Tensor]:
-        """Scalars of one direction of one layer, on its device."""
-        matrix = ssm.state_matrix
-        values = matrix.eigenvalues()
-        row = {
-            'spectral_radius': values.abs().amax(),
-            'spectral_abscissa': values.real.amax(),
-            'stability_penalty': matrix.multiplicity
-            * stability_penalty(matrix.raw_eigenvalues(), self.eps, 'sum'),
-            'condition': matrix.condition(),
+    def _row(
+        self, found: Mapping[str, Tensor], matrix: StateMatrix | None
+    ) -> dict[str, float]:
+        """Numbers of one direction of one layer, from tensors on the host."""
+        steps = {
+            key.removeprefix(_STEP): value
+            for key, value in found.items()
+            if key.startswith(_STEP)
         }
-        if f'{name}.state_matrix' in self._grads:
-            row['grad_norm'] = self._grads[f'{name}.state_matrix']
-        if name in self._steps:
-            row |= _step_rows(values.real, self._steps[name], matrix.d_inner)
-        return row
+        row = {k: v for k, v in found.items() if not k.startswith(_STEP)}
+        if matrix is not None:
+            values, raw = matrix.eigenvalues(), matrix.raw_eigenvalues()
+            row = {
+                'spectral_radius': values.abs().amax(),
+                'spectral_abscissa': values.real.amax(),
+                'stability_penalty': matrix.multiplicity
+                * stability_penalty(raw, self.eps, 'sum'),
+                'condition': matrix.condition(),
+            } | row
+            if matrix.reparametrizations:
+                row['projected_share'] = (values != raw).float().mean()
+                row['projection_distance'] = (values - raw).abs().norm()
+            if steps:
+                row |= _step_rows(values.real, steps, matrix.d_inner)
+        return {key: value.item() for key, value in row.items()}
 
     def _publish(self, runner: Runner, rows: dict[str, dict]) -> None:
         for key, combine in SUMMARY.items():
@@ -214,7 +268,7 @@ class StabilityMonitorHook(Hook):
         self,
         runner: Runner,
         rows: dict[str, dict],
-        ssms: dict[str, SelectiveSSM],
+        matrices: dict[str, StateMatrix],
     ) -> None:
         record: dict[str, Any] = {
             'step': runner.iter + 1,
@@ -224,10 +278,12 @@ class StabilityMonitorHook(Hook):
         for key in keys:
             record[key] = [row.get(key) for row in rows.values()]
         due = self.eigenvalue_interval
+        if due is None:
+            due = max(1, round(runner.max_iters / self.interval / _SNAPSHOTS))
         if due and self._records % due == 0:
             record['eigenvalues'] = {
-                name: _some(ssm.state_matrix, self.max_eigenvalues)
-                for name, ssm in ssms.items()
+                name: _some(matrix, self.max_eigenvalues)
+                for name, matrix in matrices.items()
             }
         with Path(runner.log_dir, FILE_NAME).open('a') as file:
             file.write(json.dumps(record) + '\n')
@@ -254,18 +310,101 @@ def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return norms
 
 
-def to_floats(
-    table: dict[str, dict[str, Tensor]],
-) -> dict[str, dict[str, float]]:
-    """Scalars of a table on the host, in one transfer."""
-    flat = [x.float() for row in table.values() for x in row.values()]
-    if not flat:
-        return {}
-    numbers = iter(torch.stack(flat).tolist())
+def to_host(
+    table: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, dict[str, Tensor]]:
+    """Bring the real tensors of a table to the host, in one transfer.
+
+    Args:
+        table (Mapping[str, Mapping[str, Tensor]]): On one device, any shapes.
+
+    Returns:
+        dict[str, dict[str, Tensor]]: The same, float32 or wider.
+    """
+    tensors = [x.detach() for row in table.values() for x in row.values()]
+    dtype = torch.float32
+    for x in tensors:
+        if x.is_floating_point():
+            dtype = torch.promote_types(dtype, x.dtype)
+    flat = [x.reshape(-1).to(dtype) for x in tensors]
+    together = torch.cat(flat).cpu() if flat else torch.empty(0)
+    parts = iter(together.split([len(x) for x in flat]))
     return {
-        name: {key: next(numbers) for key in row}
+        name: {key: next(parts).reshape(x.shape) for key, x in row.items()}
         for name, row in table.items()
     }
+
+
+def parameters_of(
+    matrices: Mapping[str, StateMatrix],
+) -> dict[str, dict[str, Tensor]]:
+    """Parameters, buffers and bounds of state matrices, for :func:`to_host`.
+
+    Args:
+        matrices (Mapping[str, StateMatrix]): By the names of their layers.
+
+    Returns:
+        dict[str, dict[str, Tensor]]: A row for each, by another name.
+    """
+    return {
+        _OWN + name: {
+            **dict(matrix.named_parameters()),
+            **dict(matrix.named_buffers()),
+            **_bounds(matrix),
+        }
+        for name, matrix in matrices.items()
+    }
+
+
+def on_host(matrix: StateMatrix, tensors: Mapping[str, Tensor]) -> StateMatrix:
+    """A state matrix that computes with these tensors instead of its own.
+
+    Args:
+        matrix (StateMatrix): Is left as it is.
+        tensors (Mapping[str, Tensor]): Its row of :func:`parameters_of`, on
+            the host.
+
+    Returns:
+        StateMatrix: Another one, without gradient.
+    """
+    twin = copy.deepcopy(matrix, dict(_stand_ins(matrix, tensors)))
+    twin.reparametrizations = [
+        _with_bounds(rule, tensors.get(f'{_BOUND}{i}'))
+        for i, rule in enumerate(matrix.reparametrizations)
+    ]
+    if isinstance(twin, FullStateMatrix):
+        twin._known = None  # of the tensors that are replaced
+    return twin
+
+
+def _stand_ins(
+    matrix: StateMatrix, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Any]]:
+    """What a deep copy takes in the place of the tensors of a matrix."""
+    for name, parameter in matrix.named_parameters():
+        yield id(parameter), nn.Parameter(tensors[name], requires_grad=False)
+    for name, buffer in matrix.named_buffers():
+        yield id(buffer), tensors[name]
+    yield id(matrix.reparametrizations), []
+    known = getattr(matrix, '_known', None)
+    if known is not None:  # a decomposition, which need not be copied
+        yield id(known), ()
+
+
+def _bounds(matrix: StateMatrix) -> dict[str, Tensor]:
+    """Bounds of its rules that are tensors."""
+    bounds = (getattr(r, 'rho_max', None) for r in matrix.reparametrizations)
+    return {
+        f'{_BOUND}{i}': bound
+        for i, bound in enumerate(bounds)
+        if isinstance(bound, Tensor)
+    }
+
+
+def _with_bounds(rule: Any, rho_max: Tensor | None) -> Any:
+    if rho_max is None:
+        return rule
+    return dataclasses.replace(rule, rho_max=rho_max)
 
 
 def quantiles(x: Tensor, most: int = 1 << 16) -> Tensor:

@@ -61,7 +61,7 @@ class StabilizerHook(AfterStepHook):
         raise NotImplementedError
 
     def why_idle(self, matrix: StateMatrix) -> str | None:
-        """Why the rule can never change this matrix; None if it can."""
+        """Why the rule leaves this matrix as it is; None if it need not."""
         return None
 
     # ---------------------------------------------------------- life cycle
@@ -138,10 +138,11 @@ class StabilizerHook(AfterStepHook):
             )
 
     def _say_if_idle(self, matrices: Mapping[str, StateMatrix]) -> None:
-        reasons = {self.why_idle(matrix) for matrix in matrices.values()}
+        with torch.no_grad():
+            reasons = {self.why_idle(matrix) for matrix in matrices.values()}
         if None not in reasons:
             print_log(
-                f'{type(self).__name__} never changes this model: '
+                f'{type(self).__name__} has nothing to change in this model: '
                 + '; '.join(sorted(map(str, reasons))),
                 logger='current',
                 level=30,

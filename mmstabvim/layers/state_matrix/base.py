@@ -108,13 +108,18 @@ class StateMatrix(nn.Module):
                 radius = radius.amax().expand_as(radius)
                 if isinstance(rho_max, Tensor):
                     rho_max = rho_max.amax()
-            return self.scaled(params, radius_scale(radius, rho_max))
+            scale = radius_scale(radius, rho_max, detach=rule.detach_scale)
+            return self.scaled(params, scale)
         abscissa = self.eigenvalues_of(params).real.amax(-1)
         if layer:
             abscissa = abscissa.amax().expand_as(abscissa)
         limit = float(rule.rho_max)
         shift = discrete_shift(
-            abscissa, limit, rule.delta_ref, scale=self.magnitude_of(params)
+            abscissa,
+            limit,
+            rule.delta_ref,
+            scale=self.magnitude_of(params),
+            detach=rule.detach_scale,
         )
         return self.shifted(params, shift)
 

@@ -8,7 +8,7 @@ reparametrization computes with them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
@@ -22,6 +22,7 @@ DOMAINS = ('continuous', 'discrete')
 GRANULARITIES = ('channel', 'layer', 'block')
 RADII = ('exact', 'gelfand')
 METHODS = ('eig', 'schur', 'shift')
+GRADIENTS = ('ste', 'clamp')
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class SpectralNormalization:
         radius (str): ``'exact'``, or ``'gelfand'``: an upper bound without
             eigenvalues, at most a few percent too large. Defaults to
             ``'exact'``.
+        detach_scale (bool): In the forward pass, take scale or shift as a
+            constant: no gradient flows through them. Defaults to False.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -63,6 +66,8 @@ class SpectralNormalization:
     granularity: str = 'channel'
     delta_ref: float = 0.1
     radius: str = 'exact'
+    # not in the repr, which tells how a checkpoint was projected
+    detach_scale: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -128,6 +133,11 @@ class EigenvalueClamping:
             exactly. None is ``'shift'`` in place and ``'eig'`` in the
             forward pass. Diagonal matrices clamp each eigenvalue whatever
             the method. Defaults to None.
+        grad (str): In the forward pass, the gradient of a clamped
+            eigenvalue: ``'ste'`` passes it straight through, so that a
+            parameter beyond its bound can come back; ``'clamp'`` is the
+            plain one, zero. ``'shift'`` has one of its own. Defaults to
+            ``'ste'``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -141,12 +151,15 @@ class EigenvalueClamping:
     delta_ref: float = 0.1
     lambda_max: float | None = None
     method: str | None = None
+    # not in the repr, which tells how a checkpoint was projected
+    grad: str = field(default='ste', repr=False)
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         check_choice('domain', self.domain, DOMAINS)
         if self.method is not None:
             check_choice('method', self.method, METHODS)
+        check_choice('grad', self.grad, GRADIENTS)
         if not self.eps >= 0:
             raise ValueError(f'eps must be at least 0, got {self.eps!r}')
         if not 0 < self.margin < 1:

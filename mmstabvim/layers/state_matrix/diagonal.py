@@ -41,8 +41,10 @@ class DiagonalStateMatrix(StateMatrix):
         return ScanMatrices(self.eigenvalues(), B, C)
 
     def clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
-        """Clamp each eigenvalue; its gradient passes as if unclamped."""
+        """Clamp each eigenvalue; its gradient is as ``rule.grad`` says."""
         clamped = self._clamp(params, rule)
+        if rule.grad == 'clamp':
+            return clamped
         return tuple(
             straight_through(old, new)
             for old, new in zip(params, clamped, strict=True)
@@ -269,7 +271,7 @@ def _lower_log(x: Tensor, rule: SpectralNormalization) -> Tensor:
         largest = largest.amax().expand_as(largest)
         if isinstance(rho_max, Tensor):
             rho_max = rho_max.amax()
-    excess = log_radius_scale(largest, rho_max)
+    excess = log_radius_scale(largest, rho_max, detach=rule.detach_scale)
     return (x - excess[:, None]).to(x.dtype)
 
 

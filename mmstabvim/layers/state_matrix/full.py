@@ -25,7 +25,6 @@ from mmstabvim.stability.clamping import (
     clamp_matrix,
     clamp_real_part,
     fit_block_low_rank,
-    straight_through,
 )
 from mmstabvim.stability.eigenbasis import Eigenbasis, decompose
 from mmstabvim.stability.known_eigenbasis import known_eig
@@ -150,7 +149,13 @@ class FullStateMatrix(StateMatrix):
         """Matrices in use, (groups, d_state, d_state), 1/step."""
         dense = super().dense()
         for rule in self._clamping_rules():
-            dense = clamp_matrix(dense, rule.floor, rule.lambda_max, 'eig')
+            dense = clamp_matrix(
+                dense,
+                rule.floor,
+                rule.lambda_max,
+                'eig',
+                ste=rule.grad == 'ste',
+            )
         return dense
 
     def condition(self) -> Tensor:
@@ -161,8 +166,9 @@ class FullStateMatrix(StateMatrix):
     def _clamped(self, values: Tensor) -> Tensor:
         """Eigenvalues after clamping in the eigenbasis, if that is asked."""
         for rule in self._clamping_rules():
-            clamped = clamp_real_part(values, rule.floor, rule.lambda_max)
-            values = straight_through(values, clamped)
+            values = clamp_real_part(
+                values, rule.floor, rule.lambda_max, ste=rule.grad == 'ste'
+            )
         return values
 
     def scan_matrices(self, B: Tensor, C: Tensor) -> ScanMatrices | None:
@@ -263,12 +269,14 @@ class FullStateMatrix(StateMatrix):
             rho_max = rho_max[:, None]
         blocks, *factors = params
         find = spectral_radius if rule.radius == 'exact' else gelfand_bound
-        scale = radius_scale(find(blocks), rho_max)
+        detach = rule.detach_scale
+        scale = radius_scale(find(blocks), rho_max, detach=detach)
         blocks = blocks / scale[..., None, None]
         if factors:
             # U V^T has the nonzero eigenvalues of V^T U
             radius = find(factors[1].mT @ factors[0])[:, None]
-            root = radius_scale(radius, rho_max).sqrt()[..., None]
+            scale = radius_scale(radius, rho_max, detach=detach)
+            root = scale.sqrt()[..., None]
             factors = [factor / root for factor in factors]
         return (blocks, *factors)
 
