@@ -1,0 +1,137 @@
+"""Where the tokens of a Vision Mamba lie: in the sequence, on the image."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from torch import Tensor, nn
+
+from _trained import loading
+from mmstabvim.layers.position_embedding import (
+    cls_token_positions,
+    split_tokens,
+)
+from mmstabvim.models import VisionMamba
+from mmstabvim.visualization.overlay import Patches
+
+
+class Layout(NamedTuple):
+    """Tokens of one image size."""
+
+    place: str | None
+    """Of the class token, as the backbone declares it."""
+    rows: int
+    columns: int
+    patches: Patches
+
+    @property
+    def cls_tokens(self) -> list[int]:
+        """Positions of the class tokens in the sequence."""
+        return cls_token_positions(self.place, self.rows * self.columns)
+
+    @property
+    def length(self) -> int:
+        """Tokens, class tokens included."""
+        return self.rows * self.columns + len(self.cls_tokens)
+
+    def on_grid(self, values: Tensor) -> Tensor:
+        """(length, ...) without class tokens, as (rows, columns, ...)."""
+        _, patches = split_tokens(values.flatten(1)[None], self.place)
+        grid = patches[0].unflatten(0, (self.rows, self.columns))
+        return grid.reshape(self.rows, self.columns, *values.shape[1:])
+
+    def position(self, row: int, column: int) -> int:
+        """Of a patch in the sequence."""
+        indices = torch.arange(self.length)[:, None]
+        return int(self.on_grid(indices)[row, column])
+
+
+def find_backbone(model: nn.Module) -> tuple[str, VisionMamba]:
+    """The Vision Mamba of a model, and its name.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, VisionMamba)
+    }
+    if len(found) != 1:
+        raise ValueError(
+            'the model must have one VisionMamba, which knows where its '
+            f'tokens are, got {type(model).__name__} with '
+            f'{sorted(found) or "none"}'
+        )
+    return next(iter(found.items()))
+
+
+def layout_of(backbone: VisionMamba, image: Tensor) -> Layout:
+    """Tokens of an image (1, channels, height, width)."""
+    grid = backbone.patch_embed.grid_size(*image.shape[-2:])
+    return Layout(backbone.cls_token_place, *grid, patches_of(backbone))
+
+
+def patches_of(backbone: VisionMamba) -> Patches:
+    """Their size and distance."""
+    conv: Any = backbone.patch_embed.projection
+    return Patches(conv.kernel_size[0], conv.stride[0])
+
+
+def picture_of(model: Any, image: Tensor) -> np.ndarray:
+    """What the model looks at, to be drawn.
+
+    Args:
+        model (nn.Module): With a data preprocessor.
+        image (Tensor): (1, channels, height, width), normalized.
+
+    Returns:
+        ndarray: (height, width, 3), 0 to 1: the channels as red, green and
+        blue in the order in which the model reads them.
+    """
+    pixels = image[0].detach().cpu().float()
+    mean = getattr(model.data_preprocessor, 'mean', None)
+    if mean is None:  # not normalized: of unknown range
+        low, high = pixels.amin(), pixels.amax()
+        pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+    else:
+        std = model.data_preprocessor.std.cpu()
+        pixels = ((pixels * std + mean.cpu()) / 255).clamp(0, 1)
+    if len(pixels) != 3:
+        pixels = pixels.mean(0, keepdim=True).expand(3, -1, -1)
+    return pixels.permute(1, 2, 0).numpy()
+
+
+class Sample(NamedTuple):
+    """An image, and what is known of it."""
+
+    name: str
+    """Of its file, or its number in the test set."""
+    image: Tensor
+    """(1, channels, height, width), as the model reads it."""
+    label: int | None
+    """Its class, where the test set tells."""
+
+
+def named_images(
+    args: argparse.Namespace, cfg: Config, model: Any
+) -> Iterator[Sample]:
+    """As :func:`.loading.load_images`, with names and classes."""
+    find = (
+        loading.test_samples if args.images is None else loading.file_samples
+    )
+    for sample in find(args, cfg):
+        data = model.data_preprocessor(pseudo_collate([sample]), False)
+        known = sample['data_samples']
+        path, label = known.get('img_path'), known.get('gt_label')
+        single = label is not None and label.numel() == 1
+        yield Sample(
+            Path(path).name if path else f'{known.get("sample_idx", "")}',
+            data['inputs'],
+            int(label) if single else None,
+        )
