@@ -491,7 +491,7 @@ def check_checkpoint(path):
 ABLATION = sorted(
     path
     for path in (CONFIG_ROOT / 'ablation').glob('*/*.py')
-    if re.search(r'-(negexp|signed|full)-', path.stem)
+    if re.search(r'-(negexp|signed|full)-(none|all|sn|ec|sp)[-_]', path.stem)
 )
 HOOKS = {
     'sn': 'mmstabvim.SpectralNormalizationHook',

@@ -221,11 +221,14 @@ MATRICES = {
     'neg_exp': dict(type='neg_exp'),
     'signed': dict(type='signed'),
     'complex': dict(type='complex'),
+    'complex, free': dict(type='complex', real_part='free', init='s4d_legs'),
     'ptd': dict(type='complex', init='ptd', hippo_bias=True),
     'full': dict(type='full', groups=2),
     'full, not normal': dict(type='full', groups=2, init='ptd'),
     'full, perturbed': dict(type='full', init='hippo', kappa_max=20.0),
 }
+# no eigenbasis is good enough, so the scan has no states of its own
+EXPONENTIAL = dict(type='full', init='hippo', kappa_max=1.0)
 
 
 def make_mixer(state_matrix, b_disc='euler', seed=0):
@@ -274,19 +277,34 @@ def ascend(mixer, norm, pick, steps=25, length=7):
 @pytest.mark.parametrize('kind', MATRICES)
 def test_never_violated_by_gradient_ascent(kind, b_disc):
     """On the normalized tokens, for output, state and step size."""
-    mixer, norm = make_mixer(MATRICES[kind], b_disc)
+    bounds, found = climb(MATRICES[kind], b_disc, 'state')
+    for bound, seen in zip(bounds, found, strict=True):
+        assert bound.keys() == seen.keys()
+
+
+@pytest.mark.parametrize('b_disc', ['euler', 'zoh'])
+def test_never_violated_without_an_eigenbasis(b_disc):
+    """Where the scan runs by the matrix exponential."""
+    bounds, found = climb(EXPONENTIAL, b_disc, 'y')
+    assert 'state' not in found[1]
+    assert all(math.isfinite(bound['y']) for bound in bounds[1:])
+
+
+def climb(state_matrix, b_disc, tensor):
+    """Bounds, and the largest values seen on three ways up; compared."""
+    mixer, norm = make_mixer(state_matrix, b_disc)
     bounds = largest_values(certify_mixer(mixer, norm, None))
     for pick in (
         lambda trace: trace.shared['out'],
-        lambda trace: trace.directions[0]['state'],
+        lambda trace: trace.directions[0][tensor],
         lambda trace: trace.directions[1]['delta'],
     ):
         found = ascend(mixer, norm, pick)
         for bound, seen in zip(bounds, found, strict=True):
-            assert bound.keys() == seen.keys()
             for name, value in seen.items():
                 assert value <= bound[name] * (1 + 1e-6), name
     assert found[2]['delta'] > 0.4 * bounds[2]['delta']
+    return bounds, found
 
 
 def test_names():

@@ -231,13 +231,17 @@ def test_weight_of_the_size():
     assert small.condition > large.condition
 
 
-def test_published_optimum():
-    """ln kappa + ||E|| for N = 16, 300 steps from 1 % of ||A||."""
-    options = Perturbation(relative=0.01, draws=1, optimize=True)
+@pytest.mark.parametrize(
+    ('gamma', 'condition', 'relative', 'abscissa'),
+    [(1.0, 33.5, 0.0053, -0.77), (5.0, 138, 0.0011, -0.87)],
+)
+def test_published_optimum(gamma, condition, relative, abscissa):
+    """ln kappa + gamma ||E|| for N = 16, 300 steps from 1 % of ||A||."""
+    options = Perturbation(relative=0.01, draws=1, optimize=True, gamma=gamma)
     basis, _ = followed(options, size=16)
-    assert basis.condition == pytest.approx(33.5, rel=0.05)
-    assert basis.norm / norm(hippo(16)) == pytest.approx(0.0053, rel=0.05)
-    assert basis.abscissa == pytest.approx(-0.77, abs=0.05)
+    assert basis.condition == pytest.approx(condition, rel=0.05)
+    assert basis.norm / norm(hippo(16)) == pytest.approx(relative, rel=0.05)
+    assert basis.abscissa == pytest.approx(abscissa, abs=0.05)
 
 
 def test_plain_objective_leaves_the_stable_region():

@@ -67,6 +67,8 @@ def test_singular_values():
         torch.linalg.svdvals(found),
         [2.6052079918, 1.8441367681, 1.4435377319, 0.9689741741, 0.6029561573],
     )
+    gamma = torch.linalg.svdvals(found) / torch.linalg.svdvals(W)
+    assert_printed(gamma, [1.0] + 4 * [0.8243150832])
     assert_printed(torch.linalg.matrix_norm(found - W), 0.5552436911)
     assert_printed(stable_rank(found), 2.0)
 

@@ -33,6 +33,8 @@ PATCHES = detmat(6, 12).reshape(6, 3, 2, 2)
 
 def test_spectral_norm_of_the_example():
     assert_printed(spectral_norm(W), SIGMA)
+    others = [2.2371746020, 1.7511965526, 1.1754900449, 0.7314632107]
+    assert_printed(torch.linalg.svdvals(W), [SIGMA, *others])
     batch = spectral_norm(torch.stack([W, 2 * W, 0 * W]))
     assert_printed(batch, double([SIGMA, 2 * SIGMA, 0]))
 
@@ -159,6 +161,11 @@ def test_causal_convolution(length, norm):
                 lambda x: layer(x)[..., :length], 1, length
             )
         assert_printed(top(matrix), norm)
+
+
+def test_taps_of_a_layer_are_in_reverse_order():
+    """A layer correlates: its last weight meets the token itself."""
+    assert_printed(causal_conv_norm(TAPS.flip(0), 8), 1.5388194644)
 
 
 def test_bound_holds_for_random_kernels():

@@ -1,0 +1,4 @@
+_base_ = [
+    '../../vim/vim-tiny-p16_8xb128_in1k.py',
+    '../../_base_/stabilizers/srn.py',
+]
