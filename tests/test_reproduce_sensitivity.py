@@ -51,6 +51,12 @@ def test_files(toy):
     rows = read(toy / 'correlations.csv')
     assert [row['seed'] for row in rows] == ['0', '1']
     assert all(abs(float(row['entropy'])) <= 1 for row in rows)
+    (first, _) = (
+        row for row in read(toy / 'scaling.csv') if row['epsilon'] == '0.1'
+    )
+    text = (toy / 'scaling.md').read_text()
+    assert '| quantity | seed 0 | seed 1 |' in text
+    assert f'| ‖J‖ | {10 * float(first["norm_bound"]):.3g} |' in text
     text = (toy / 'correlations.md').read_text()
     assert '| digits, 64 pixels, 0 | 0 | 8 |' in text
 

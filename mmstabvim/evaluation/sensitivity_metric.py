@@ -1,7 +1,8 @@
 """Sensitivity of a classifier, measured on some images of an evaluation."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,19 +30,20 @@ from mmstabvim.stability.entropy import (
 )
 from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.logit_jacobian import (
-    METHODS,
     input_jacobian,
     singular_values,
     typical_gain,
 )
 from mmstabvim.stability.sensitivity import (
     COMBINATIONS,
+    PROFILE_METHODS,
     evaluated,
     sensitivity_profile,
 )
 
 Rows = list[dict[str, Any]]
 Function = Callable[[Tensor], Tensor]
+TARGETS = ('prediction', 'label')
 
 
 @METRICS.register_module()
@@ -88,9 +90,9 @@ class SensitivityMetric(BaseMetric):
             of the time. Defaults to True.
         parameters (Sequence[str], optional): Prefixes of the names of the
             parameters that count. Defaults to None, all that are trained.
-        method (str): ``'difference'`` or ``'double_backward'``, see
-            :func:`mmstabvim.stability.sensitivity_profile`. Defaults to
-            ``'difference'``.
+        method (str): ``'auto'``, ``'difference'`` or ``'double_backward'``,
+            see :func:`mmstabvim.stability.sensitivity_profile`. Defaults to
+            ``'auto'``.
         steps (int): Of Lanczos' method. Defaults to 20.
         max_classes (int): Classes up to which Jacobians are decomposed, >= 1.
             Defaults to 20.
@@ -101,6 +103,9 @@ class SensitivityMetric(BaseMetric):
         power (float): 1 or 2: whether singular values or their squares are
             weights in the entropy. Defaults to 1.0.
         base (float): Of the entropy's logarithm. Defaults to e.
+        target (str): Logit that is attributed to the image: ``'prediction'``,
+            that of the class predicted for the unchanged image, or
+            ``'label'``. Defaults to ``'prediction'``.
         attribution (str): See :func:`mmstabvim.stability.attributions`.
             Defaults to ``'gradient'``.
         std (float): Of the changes, in units of normalized images. Defaults
@@ -132,7 +137,7 @@ class SensitivityMetric(BaseMetric):
         samples: int = 16,
         profile: bool = True,
         parameters: Sequence[str] | None = None,
-        method: str = 'difference',
+        method: str = 'auto',
         steps: int = 20,
         max_classes: int = 20,
         quantile: float = 1.0,
@@ -140,6 +145,7 @@ class SensitivityMetric(BaseMetric):
         per_sample: bool = False,
         power: float = 1.0,
         base: float = math.e,
+        target: str = 'prediction',
         attribution: str = 'gradient',
         std: float = 0.02,
         draws: int = 4,
@@ -152,8 +158,9 @@ class SensitivityMetric(BaseMetric):
         prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device, prefix)
-        check_choice('method', method, METHODS)
+        check_choice('method', method, PROFILE_METHODS)
         check_choice('combine', combine, COMBINATIONS)
+        check_choice('target', target, TARGETS)
         check_choice('attribution', attribution, ATTRIBUTIONS)
         _check_least('samples', samples, 2)
         for name, value in dict(
@@ -174,6 +181,7 @@ class SensitivityMetric(BaseMetric):
         self.quantile, self.combine = quantile, combine
         self.per_sample, self.power, self.base = per_sample, power, base
         self.attribution, self.std, self.draws = attribution, std, draws
+        self.target = target
         self.pool, self.unit = pool, unit
         self.show_progress = show_progress
         self.model: Any = None
@@ -230,7 +238,11 @@ class SensitivityMetric(BaseMetric):
     # ------------------------------------------------------------- in Python
 
     def measure(
-        self, model: nn.Module, images: Tensor, labels: Tensor
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        progress: Progress | None = None,
     ) -> dict[str, float]:
         """Measure a model on given images.
 
@@ -240,6 +252,8 @@ class SensitivityMetric(BaseMetric):
                 and modes are the same afterwards.
             images (Tensor): (batch, ...), batch >= 2, normalized.
             labels (Tensor): (batch,), integers.
+            progress (Progress, optional): Bars are added to it and taken
+                away. Defaults to None, for one of its own.
 
         Returns:
             dict[str, float]: See the class, without ``sensitivity/``.
@@ -260,21 +274,35 @@ class SensitivityMetric(BaseMetric):
             with torch.autocast(x.device.type, enabled=False):
                 return check_logits(model(x), x)
 
-        console = Console(stderr=True)
         with (
             evaluated(model),
             torch.enable_grad(),
-            Progress(
-                console=console, disable=not self.show_progress
-            ) as progress,
+            self._bars(progress) as bars,
         ):
-            found, self.rows = self._spectra(function, images, progress)
-            found.update(self._attributions(function, images, progress))
+            found, self.rows = self._spectra(function, images, bars)
+            found.update(self._attributions(function, images, labels, bars))
             if self.profile:
                 found.update(
-                    self._profile(function, images, labels, chosen, progress)
+                    self._profile(function, images, labels, chosen, bars)
                 )
         return found
+
+    @contextmanager
+    def _bars(self, progress: Progress | None) -> Iterator[Progress]:
+        """Somebody else's bars, or new ones."""
+        if progress is None:
+            console = Console(stderr=True)
+            with Progress(
+                console=console, disable=not self.show_progress
+            ) as own:
+                yield own
+            return
+        known = set(progress.task_ids)
+        try:
+            yield progress
+        finally:
+            for task in set(progress.task_ids) - known:
+                progress.remove_task(task)
 
     def _chosen(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters that count."""
@@ -336,7 +364,11 @@ class SensitivityMetric(BaseMetric):
         )
 
     def _attributions(
-        self, function: Function, images: Tensor, progress: Progress
+        self,
+        function: Function,
+        images: Tensor,
+        labels: Tensor,
+        progress: Progress,
     ) -> dict[str, float]:
         """Instability, and the distance that the first change makes."""
         changes = gaussian_changes(images, self.std, self.draws, self.seed)
@@ -345,9 +377,10 @@ class SensitivityMetric(BaseMetric):
         shares = []
         task = progress.add_task('attributions', total=len(images))
         size = self.batch_size
-        batches = zip(images.split(size), changes.split(size, 1), strict=True)
-        for x, change in batches:
-            classes = predicted_classes(function, x)
+        parts = images.split(size), changes.split(size, 1), labels.split(size)
+        for x, change, classes in zip(*parts, strict=True):
+            if self.target == 'prediction':
+                classes = predicted_classes(function, x)
             options = (classes, self.attribution)
             shares.append(
                 attribution_instability(function, x, change, *options)

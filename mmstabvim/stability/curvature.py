@@ -14,6 +14,7 @@ from mmstabvim.stability.logit_jacobian import (
     difference_step,
     flat,
     moved,
+    second_derivatives,
     unflat,
 )
 
@@ -29,7 +30,8 @@ def hessian_product(
         loss (Callable): Takes nothing, reads the parameters, gives a scalar.
         parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
         method (str): ``'difference'``, central differences of gradients,
-            which any scan allows; ``'double_backward'``, exact, where every
+            which any scan allows, but which take a kink (ReLU) within their
+            step for curvature; ``'double_backward'``, exact, where every
             operation has a second derivative. Defaults to ``'difference'``.
 
     Returns:
@@ -46,16 +48,17 @@ def hessian_product(
     parameters = check_parameters(parameters)
     if method == 'difference':
         return _difference_product(loss, parameters)
-    with torch.enable_grad():
+    with torch.enable_grad(), second_derivatives():
         slope = flat(_gradients(loss, parameters, create_graph=True))
     check_differentiable([slope])
 
     def product(v: Tensor) -> Tensor:
         if not slope.requires_grad:  # linear in the parameters
             return torch.zeros_like(v)
-        rows = torch.autograd.grad(
-            slope, parameters, v, retain_graph=True, materialize_grads=True
-        )
+        with second_derivatives():
+            rows = torch.autograd.grad(
+                slope, parameters, v, retain_graph=True, materialize_grads=True
+            )
         return flat(rows)
 
     return product

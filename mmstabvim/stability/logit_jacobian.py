@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmstabvim.stability.attribution import check_logits
 from mmstabvim.stability.inputs import check_choice
@@ -189,6 +190,32 @@ def check_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:
     return parameters
 
 
+NO_DERIVATIVE = ('not implemented', 'no autograd formula', 'once_differ')
+"""Parts of PyTorch's messages where a derivative has none itself."""
+
+
+@contextmanager
+def second_derivatives() -> Iterator[None]:
+    """Compute what is differentiated twice.
+
+    Attention is computed by plain operations, as the fused ones have first
+    derivatives only.
+
+    Raises:
+        RuntimeError: Where an operation has no second derivative.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(part in str(error) for part in NO_DERIVATIVE):
+            raise
+        raise RuntimeError(
+            "method='double_backward' meets an operation without a second "
+            f"derivative, use method='difference': {error}"
+        ) from error
+
+
 def check_differentiable(tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError where a first derivative has no derivative itself.
 
@@ -290,12 +317,13 @@ def largest_gain(
     """
     check_choice('method', method, METHODS)
     arguments = check_parameters(arguments)
-    y = function()
-    forward = (
-        _exact_product(y, arguments)
-        if method == 'double_backward'
-        else _difference_product(function, arguments)
-    )
+    if method == 'double_backward':
+        with second_derivatives():
+            y = function()
+            forward = _exact_product(y, arguments)
+    else:
+        y = function()
+        forward = _difference_product(function, arguments)
 
     def product(w: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -329,7 +357,8 @@ def _exact_product(
     def product(v: Tensor) -> Tensor:
         parts = zip(back, unflat(v, arguments), used, strict=True)
         rows, vectors = zip(*[(g, u) for g, u, k in parts if k], strict=True)
-        return torch.autograd.grad(rows, w, vectors, retain_graph=True)[0]
+        with second_derivatives():
+            return torch.autograd.grad(rows, w, vectors, retain_graph=True)[0]
 
     return product
 

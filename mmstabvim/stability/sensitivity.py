@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmstabvim.stability.attribution import check_logits
-from mmstabvim.stability.curvature import hessian_extremes
+from mmstabvim.stability.curvature import hessian_extremes, hessian_product
 from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.logit_jacobian import (
     METHODS,
     Estimates,
     check_parameters,
+    flat,
     input_jacobian,
     largest_gain,
     parameter_jacobian,
@@ -26,6 +27,7 @@ from mmstabvim.stability.logit_jacobian import (
 
 COMBINATIONS = ('max', 'sum')
 LOSSES = ('sample', 'mean')
+PROFILE_METHODS = ('auto', *METHODS)
 MAX_NUMEL = 1 << 28
 """Values of a parameter Jacobian that is formed: 1 GiB in float32."""
 Function = Callable[[Tensor], Tensor]
@@ -48,6 +50,8 @@ class SensitivityProfile:
             value, 0 where a matrix was decomposed: within it of the value
             lies an eigenvalue or singular value, up to the error of
             differences.
+        method (str): How products were formed, ``'double_backward'`` or
+            ``'difference'``.
     """
 
     input_jacobian: Tensor
@@ -57,6 +61,7 @@ class SensitivityProfile:
     hessian_max: Tensor
     hessian_min: Tensor
     errors: dict[str, float] = field(default_factory=dict)
+    method: str = 'difference'
 
     def values(
         self, quantile: float = 1.0, per_sample: bool = False
@@ -129,7 +134,7 @@ def sensitivity_profile(
     labels: Tensor,
     parameters: Sequence[Tensor],
     loss: str = 'sample',
-    method: str = 'difference',
+    method: str = 'auto',
     steps: int = 20,
     max_classes: int = 20,
     seed: int = 0,
@@ -148,9 +153,10 @@ def sensitivity_profile(
         loss (str): ``'sample'``, each sample's Hessian; ``'mean'``, that of
             the mean loss. Defaults to ``'sample'``.
         method (str): How products with second derivatives and with Jacobians
-            are formed: ``'difference'``, for any model; or
-            ``'double_backward'``, exact, where every operation allows it.
-            Defaults to ``'difference'``.
+            are formed: ``'double_backward'``, exact, where every operation
+            allows it; ``'difference'``, for any model, see
+            :func:`hessian_product`; ``'auto'``, the former where the first
+            sample allows it, else the latter. Defaults to ``'auto'``.
         steps (int): Of Lanczos' method. Defaults to 20.
         max_classes (int): With more, and where the parameter Jacobian would
             be too large, norms come from Lanczos' method instead of
@@ -167,12 +173,14 @@ def sensitivity_profile(
 
     Source: arXiv:2602.01136, Definition 4.1.
     """
-    check_choice('method', method, METHODS)
+    check_choice('method', method, PROFILE_METHODS)
     check_choice('loss', loss, LOSSES)
     parameters, x = check_parameters(parameters), x.detach()
     _check_batch(x, labels)
     with torch.no_grad():
         classes = check_logits(function(x[:1]), x[:1]).shape[1]
+    if method == 'auto':
+        method = best_method(function, x[:1], labels[:1], parameters)
     few = classes <= max_classes
     options: dict[str, Any] = dict(method=method, steps=steps, seed=seed)
     first = input_norms(function, x, few, **options)
@@ -203,7 +211,38 @@ def sensitivity_profile(
             tangent_kernel=kernel[1],
             hessian=max(e.norm_error for e in ends),
         ),
+        method,
     )
+
+
+def best_method(
+    function: Function,
+    x: Tensor,
+    labels: Tensor,
+    parameters: Sequence[Tensor],
+) -> str:
+    """How a classifier's curvature can be found, by one product.
+
+    Args:
+        function (Callable): As for :func:`sensitivity_profile`.
+        x (Tensor): (batch, ...), one sample is enough.
+        labels (Tensor): (batch,), integers.
+        parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
+
+    Returns:
+        str: ``'double_backward'``, or ``'difference'`` where an operation has
+        no second derivative or memory is short.
+    """
+    entropy = partial(_cross_entropy, function, x, labels)
+    try:
+        product = hessian_product(entropy, parameters, 'double_backward')
+        product(flat([p.detach() for p in parameters]))
+    except RuntimeError as error:
+        memory = 'memory' in str(error)
+        if memory or "use method='difference'" in str(error):
+            return 'difference'
+        raise
+    return 'double_backward'
 
 
 def _check_batch(x: Tensor, labels: Tensor) -> None:

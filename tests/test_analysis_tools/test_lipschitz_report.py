@@ -180,3 +180,11 @@ def test_clear_errors(small, capsys):
         with pytest.raises(SystemExit):
             tool.main([*small, option])
         assert message in capsys.readouterr().err
+
+
+def test_bars(small, tmp_path, capsys):
+    """All that takes long in large models."""
+    run(small, tmp_path / 'out', '--steps=1')
+    shown = capsys.readouterr().err
+    for name in ('weights', 'mixers', 'Jacobians'):
+        assert name in shown

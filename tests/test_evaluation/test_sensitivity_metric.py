@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from rich.progress import Progress
 from torch import nn
 
 import mmstabvim
@@ -110,6 +111,20 @@ def test_options(model, data):
     assert short.items() <= plain.items()
 
 
+def test_attribution_of_the_label(model, data):
+    x, labels = data
+    options = dict(profile=False, std=0.3, batch_size=2)
+    found = metric(target='label', **options).measure(model, x, labels)
+    model.eval()
+    assert (model(x).argmax(1) != labels).any()
+    changes = gaussian_changes(x, 0.3)
+    wanted = attribution_instability(model, x, changes, labels).mean().item()
+    assert found['instability'] == pytest.approx(wanted)
+    plain = metric(**options).measure(model, x, labels)
+    assert plain['instability'] != found['instability']
+    assert plain['frechet_distance'] != found['frechet_distance']
+
+
 def test_many_classes(model, data):
     """Estimates with their errors; the spectrum of the likeliest classes."""
     exact = metric().measure(model, *data)
@@ -171,8 +186,17 @@ def test_pooled_and_unit_attributions():
         (dict(method='hvp'), 'method must be one of'),
         (dict(combine='mean'), 'combine must be one of'),
         (dict(attribution='lime'), 'attribution must be one of'),
+        (dict(target='class'), 'target must be one of'),
     ],
-    ids=['samples', 'batch', 'quantile', 'method', 'combine', 'attribution'],
+    ids=[
+        'samples',
+        'batch',
+        'quantile',
+        'method',
+        'combine',
+        'attribution',
+        'target',
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
@@ -241,6 +265,64 @@ def test_in_an_evaluation(tmp_path):
 def test_without_the_hook(tmp_path):
     with pytest.raises(RuntimeError, match='ModelForMetricsHook'):
         run(tmp_path, hooks=())
+
+
+def test_bars_of_the_caller(model, data):
+    """One for each stage, taken away when all is measured."""
+    shown = []
+
+    class Bars(Progress):
+        def add_task(self, description, **options):
+            shown.append(description)
+            return super().add_task(description, **options)
+
+    with Bars(disable=True) as bars:
+        kept = bars.add_task('outer')
+        found = metric().measure(model, *data, bars)
+        assert bars.task_ids == [kept]
+    assert shown == ['outer', 'input Jacobians', 'attributions', 'Hessians']
+    assert found == metric().measure(model, *data)
+
+
+def test_a_transformer():
+    """MMPretrain's ViT, all parameters: two derivatives, differences."""
+    import mmpretrain.models  # noqa: F401
+    from mmpretrain.registry import MODELS
+
+    init_default_scope('mmpretrain')
+    torch.manual_seed(0)
+    model = MODELS.build(
+        dict(
+            type='ImageClassifier',
+            backbone=dict(
+                type='VisionTransformer',
+                arch=dict(
+                    embed_dims=8,
+                    num_layers=1,
+                    num_heads=2,
+                    feedforward_channels=16,
+                ),
+                img_size=16,
+                patch_size=8,
+            ),
+            head=dict(
+                type='VisionTransformerClsHead', num_classes=3, in_channels=8
+            ),
+        )
+    ).double()
+    x, labels = torch.randn(2, 3, 16, 16).double(), torch.tensor([0, 2])
+    found, close = (
+        metric(steps=6, method=method).measure(model, x, labels)
+        for method in ('auto', 'difference')
+    )
+    assert found['finite'] == 1
+    for name in FOUR:
+        assert found[name] == pytest.approx(close[name], rel=2e-3), name
+    parameters = list(model.parameters())
+    profile = sensitivity_profile(
+        model.eval(), x, labels, parameters, method='double_backward', steps=6
+    )
+    assert found['hessian'] == pytest.approx(profile.hessian.max().item())
 
 
 def test_a_residual_network():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from stability_oracles import assert_printed, detmat, double
 from torch import nn
 
+from mmstabvim import VisionMamba
 from mmstabvim.stability import (
     attribution_condition_number,
     evaluated,
@@ -24,7 +25,7 @@ from mmstabvim.stability import (
     typical_gain,
 )
 from mmstabvim.stability.logit_jacobian import METHODS
-from mmstabvim.stability.sensitivity import input_norms
+from mmstabvim.stability.sensitivity import best_method, input_norms
 
 X = detmat(4, 5, 3)
 LABELS = torch.tensor([0, 2, 1, 2])
@@ -210,6 +211,7 @@ def test_single_precision(perceptron):
         X.float(),
         LABELS,
         parameters,
+        method='difference',
         steps=39,
         max_classes=2,
     )
@@ -346,6 +348,7 @@ def test_a_product_without_second_derivative():
             opaque, X, LABELS, parameters, method='double_backward'
         )
     found = sensitivity_profile(opaque, X, LABELS, parameters)
+    assert found.method == 'difference'
     wanted = sensitivity_profile(
         lambda x: layer(x) ** 2,
         X,
@@ -356,6 +359,105 @@ def test_a_product_without_second_derivative():
     torch.testing.assert_close(
         found.hessian, wanted.hessian, rtol=1e-6, atol=0
     )
+
+
+# ------------------------------------------------------- how, by itself
+
+
+class Classifier(nn.Module):
+    """A Vision Mamba of five tokens and its head."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.backbone = VisionMamba(
+            dict(embed_dims=8, num_layers=1, d_state=2),
+            img_size=8,
+            patch_size=4,
+            scan_backend=backend,
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.backbone(x)[-1])
+
+
+def test_fused_scan_against_the_reference():
+    """Differences through the one, two derivatives of the other."""
+    torch.manual_seed(0)
+    fused = Classifier('auto').double().eval()
+    plain = Classifier('reference').double().eval()
+    plain.load_state_dict(fused.state_dict())
+    x, labels = detmat(2, 192, 5).reshape(2, 3, 8, 8), torch.tensor([0, 2])
+    found, wanted = (
+        sensitivity_profile(m, x, labels, list(m.parameters()), steps=25)
+        for m in (fused, plain)
+    )
+    assert found.method == 'difference'
+    assert wanted.method == 'double_backward'
+    for name in ('hessian_max', 'hessian_min', 'parameter_jacobian'):
+        torch.testing.assert_close(
+            getattr(found, name), getattr(wanted, name), rtol=2e-3, atol=1e-6
+        )
+    assert found.tangent_kernel == pytest.approx(wanted.tangent_kernel)
+    with pytest.raises(RuntimeError, match="use method='difference'"):
+        sensitivity_profile(
+            fused, x, labels, list(fused.parameters()), method=METHODS[1]
+        )
+
+
+def test_a_kink_is_no_curvature():
+    """Units exactly at zero: differences see a bend, derivatives do not."""
+    first = fill(nn.Linear(5, 4), detmat(4, 5, 11), double([0] * 4))
+    last = fill(nn.Linear(4, 3), detmat(3, 4, 13), detmat(1, 3, 14)[0])
+    model = nn.Sequential(first, nn.ReLU(), last)
+    x, labels = torch.zeros(1, 5).double(), torch.tensor([1])
+    parameters = list(model.parameters())
+    found, bent = (
+        sensitivity_profile(model, x, labels, parameters, method=m, steps=39)
+        for m in ('auto', 'difference')
+    )
+    p = model(x).detach()[0].softmax(0)
+    exact = torch.linalg.eigvalsh(torch.diag(p) - torch.outer(p, p))[-1]
+    # features are zero: what is left is the bias of the head
+    assert_printed(found.hessian, exact[None])
+    assert found.method == 'double_backward'
+    assert bent.hessian > 10 * exact
+
+
+def test_attention_has_second_derivatives():
+    """The fused one has none, so plain operations stand in for it."""
+    weight = detmat(12, 4, 7).requires_grad_()
+
+    def attend(x):
+        q, k, v = (x @ weight.mT).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return mixed.mean(2)[:, 0, :3]
+
+    x = detmat(8, 12, 3).reshape(2, 1, 12, 4)
+    found, wanted = (
+        sensitivity_profile(
+            attend, x, LABELS[:2], [weight], method=m, steps=48, max_classes=2
+        )
+        for m in ('auto', 'difference')
+    )
+    assert found.method == 'double_backward'
+    torch.testing.assert_close(
+        found.hessian, wanted.hessian, rtol=1e-5, atol=1e-8
+    )
+    torch.testing.assert_close(
+        found.input_jacobian, wanted.input_jacobian, rtol=1e-5, atol=1e-8
+    )
+
+
+def test_other_errors_stay(perceptron):
+    parameters = list(perceptron.parameters())
+    with pytest.raises(RuntimeError, match='must match'):
+        best_method(
+            lambda x: perceptron(x) + torch.ones(7).double(),
+            X,
+            LABELS,
+            parameters,
+        )
 
 
 # -------------------------------------------------------------- the index

@@ -115,13 +115,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------- weights
 
 
-def weight_rows(model: nn.Module) -> list[Row]:
+def weight_rows(model: nn.Module, progress: Progress) -> list[Row]:
     """A row for each linear layer and convolution."""
     layers = find_layers(model, ['*'])
-    norms = layer_norms(layers)
+    bar = progress.add_task('weights', total=len(layers))
     rows = []
     for name, layer in layers.items():
-        operator, sigma = operator_of(layer), norms[name]
+        # one by one, for the bar: those of a large model take a while
+        sigma = layer_norms({name: layer})[name]
+        operator = operator_of(layer)
         weight: Any = layer.weight
         if operator.depthwise:
             rank = float(weight.detach().double().square().sum()) / (
@@ -142,6 +144,7 @@ def weight_rows(model: nn.Module) -> list[Row]:
                 local=None,
             )
         )
+        progress.advance(bar)
     return rows
 
 
@@ -343,11 +346,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch.clear_errors(), Progress(console=console) as progress:
         cfg, model = loading.load_model(args)
         blocks = loading.find_blocks(model)
-        rows = weight_rows(model)
+        rows = weight_rows(model, progress)
         sigmas = [line['sigma'] for line in rows]
         rows += norm_rows(model)
+        bar = progress.add_task('mixers', total=len(blocks))
         for name, block in blocks.items():
             rows += mixer_rows(name, block)
+            progress.advance(bar)
         local = list(local_norms(args, cfg, model, progress))
     add_local(rows, local)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}

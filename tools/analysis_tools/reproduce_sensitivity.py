@@ -47,6 +47,7 @@ from mmstabvim.visualization.sensitivity import scatter_figure
 Rows = list[dict[str, Any]]
 WIDTH, STEPS, TRAINED = 64, 200, 1000
 EPSILONS = torch.logspace(-3, 1, 13, dtype=torch.float64).tolist()
+TABLED = EPSILONS[6]  # 0.1, where the change is linear in the radius
 DIRECTIONS = 256
 SCALES = {
     'largest': 'largest',
@@ -195,10 +196,11 @@ def run_toy(args: argparse.Namespace, progress: Progress) -> None:
     points: Rows = []
     last = TRAINED + args.samples
     x, y = images[TRAINED:last], labels[TRAINED:last]
-    for seed in progress.track(args.seeds, description='small networks'):
+    bar = progress.add_task('small networks', total=len(args.seeds))
+    for seed in args.seeds:
         model = train_small(images[:TRAINED], labels[:TRAINED], seed)
         tool = metric(args, profile=True)
-        found = tool.measure(model, x, y)
+        found = tool.measure(model, x, y, progress)
         rows = changes_of(model, x, seed)
         values = singular_values(input_jacobian(model, x))
         add_predictions(rows, values, x.shape[1], found['index'])
@@ -207,6 +209,7 @@ def run_toy(args: argparse.Namespace, progress: Progress) -> None:
             dict(facet='digits, 64 pixels', series=str(seed), **row)
             for row in tool.rows
         ]
+        progress.advance(bar)
     save_scaling(args.out, scaling)
     save_points(args.out, points, 'seed')
 
@@ -214,6 +217,7 @@ def run_toy(args: argparse.Namespace, progress: Progress) -> None:
 def save_scaling(folder: Path, scaling: Rows) -> None:
     """Figure, over the radius, and data of the changes."""
     write(folder / 'scaling.csv', to_csv(scaling))
+    write(folder / 'scaling.md', scaling_page(scaling))
     rows = [
         dict(
             quantity='change',
@@ -234,6 +238,25 @@ def save_scaling(folder: Path, scaling: Rows) -> None:
         log_x=True,
     )
     style.save(figure, folder / 'scaling')
+
+
+def scaling_page(scaling: Rows) -> str:
+    """Table at one radius, a column for each seed."""
+    chosen = [row for row in scaling if row['epsilon'] == TABLED]
+    rows = [
+        dict(
+            quantity=title,
+            **{row['facet']: row[name] / TABLED for row in chosen},
+        )
+        for name, title in SCALES.items()
+    ]
+    text = [[str(v) for v in shorten(row).values()] for row in rows]
+    align = 'l' + 'r' * len(chosen)
+    table = Table('scaling', '', '', [*rows[0]], text, rows, align)
+    return (
+        f'Changes of the logits over the radius, {TABLED:.3g}, of the change '
+        f'of the image, and what is said of them.\n\n{to_markdown(table)}\n'
+    )
 
 
 # ------------------------------------------------------- entropy, instability
@@ -280,7 +303,8 @@ def save_points(folder: Path, points: Rows, label: str) -> None:
     write(
         folder / 'correlations.md',
         "Spearman's rank correlation with the instability over images.\n\n"
-        + to_markdown(table),
+        + to_markdown(table)
+        + '\n',
     )
 
 
@@ -314,7 +338,7 @@ def shorten(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_cell(
-    cell: results.Result, args: argparse.Namespace
+    cell: results.Result, args: argparse.Namespace, progress: Progress
 ) -> tuple[dict[str, float], Rows]:
     """Measure the last checkpoint of one training."""
     options = argparse.Namespace(
@@ -330,7 +354,8 @@ def measure_cell(
     data = model.data_preprocessor(pseudo_collate(items), False)
     labels = torch.cat([s.gt_label for s in data['data_samples']])
     tool = metric(args, profile=False)
-    return tool.measure(model, data['inputs'], labels), tool.rows
+    found = tool.measure(model, data['inputs'], labels, progress)
+    return found, tool.rows
 
 
 def run_table(args: argparse.Namespace, progress: Progress) -> None:
@@ -348,8 +373,10 @@ def run_table(args: argparse.Namespace, progress: Progress) -> None:
     ((label, plain),) = study.baseline.items() or [('', '')]
     cells: Rows = []
     points: Rows = []
-    for cell in progress.track(ready, description='checkpoints'):
-        found, images = measure_cell(cell, args)
+    bar = progress.add_task('checkpoints', total=len(ready))
+    for cell in ready:
+        found, images = measure_cell(cell, args, progress)
+        progress.advance(bar)
         others = [v for k, v in cell.labels.items() if k != label]
         key = dict(
             facet=', '.join(others) or 'all',
@@ -375,7 +402,7 @@ def page(cells: Rows, plain: str, args: argparse.Namespace) -> str:
         f'Mean ± standard deviation over seeds, {args.samples} test images '
         f'each; attributions under Gaussian changes of {args.std:g} in units '
         f'of normalized images. ΔSE and ΔFD: of the means, against {plain}. '
-        f'SE in bits is {bits:.4f} times as large.\n\n{to_markdown(table)}'
+        f'SE in bits is {bits:.4f} times as large.\n\n{to_markdown(table)}\n'
     )
 
 
