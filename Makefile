@@ -1,6 +1,7 @@
-# make demo   train a Vision Mamba on real handwritten digits
-# make test   run the tests
-# make lint   check style and types
+# make demo      train a Vision Mamba on real handwritten digits
+# make demo-seg  train one to segment scenes composed of them
+# make test      run the tests
+# make lint      check style and types
 #
 # Each first creates .venv with the tested versions (some minutes, 6 GB).
 # Another Python: make demo PYTHON=python3.11
@@ -14,8 +15,9 @@ VENV_PYTHON := $(VENV)/bin/python
 # that spin while they wait make them many times slower.
 export OMP_NUM_THREADS ?= 1
 DEMO := vim-nano-p4_1xb64-20e_digits
+DEMO_SEG := vim-nano-p4_upernet_1xb16-1700i_digit-scenes-64x64
 
-.PHONY: help setup demo test lint
+.PHONY: help setup demo demo-seg test lint
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -25,6 +27,10 @@ setup: $(VENV)/.installed
 demo: setup
 	$(VENV_PYTHON) tools/train.py configs/vim/$(DEMO).py \
 	    --work-dir work_dirs/$(DEMO)
+
+demo-seg: setup
+	$(VENV_PYTHON) tools/train.py configs/upernet/$(DEMO_SEG).py \
+	    --work-dir work_dirs/$(DEMO_SEG)
 
 test: setup
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 import csv
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,21 @@ def test_measures_both_models(results, tmp_path):
     for ending in ('png', 'svg'):
         picture = (tmp_path / f'results.{ending}').read_bytes()
         assert picture[:5] in (b'\x89PNG\r', b'<?xml')
+
+
+@pytest.mark.parametrize(
+    ('argv', 'name'),
+    [
+        (['--threads=1'], 'processor'),
+        (['--threads=2'], 'wall'),
+    ],
+)
+def test_waiting_counts_with_several_threads_only(argv, name):
+    """What other programs take is no time of one thread."""
+    clock = bench.clock_name(options(*argv))
+    assert clock == name
+    waited = bench.time_steps(time.sleep, 0.1, 0.0, bench.CLOCKS[clock])
+    assert (waited < 0.05) == (name == 'processor')
 
 
 def test_refuses_to_mix(results, measured):

@@ -467,6 +467,23 @@ def test_plain_pytorch_example(capsys):
         assert not torch.equal(matrix.raw()[0], before)
 
 
+def test_plain_pytorch_example_of_the_readme():
+    """It runs as it stands there; any bound that it sets holds."""
+    (code,) = [
+        block
+        for block in blocks(README, 'python')
+        if 'backbone = VisionMamba(' in block
+    ]
+    names = {}
+    exec(compile(code, str(README), 'exec'), names)
+    assert all(x.isfinite().all() for x in names['features'])
+    bound = re.search(r'rho_max=([\d.]+)', code)
+    for matrix in state_matrices(names['backbone']).values():
+        if bound:
+            assert matrix.spectral_radius().max() <= float(bound[1]) + 1e-4
+            assert matrix.spectral_abscissa().max() <= -0.01 + 1e-6
+
+
 # --- mim --------------------------------------------------------------------
 
 MIM = 'import sys; from mim.cli import cli; sys.exit(cli())'

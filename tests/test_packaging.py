@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,6 +253,19 @@ def test_make_sets_up_once(tmp_path):
     assert 'pip install' not in done.stdout
     done = make('-n', 'demo', f'VENV={tmp_path}/new')
     assert 'pip install' in done.stdout
+
+
+@pytest.mark.parametrize('target', ['demo', 'demo-seg'])
+def test_demos_train_configs_that_are_there(tmp_path, target):
+    """Each with one of its own, into a folder of its name; ``help`` tells."""
+    (tmp_path / '.installed').touch()
+    done = make('-n', target, f'VENV={tmp_path}')
+    pattern = r'tools/train\.py (\S+\.py).*--work-dir work_dirs/(\S+)'
+    ((config, folder),) = re.findall(pattern, done.stdout, re.DOTALL)
+    assert (ROOT / config).is_file()
+    assert Path(config).stem == folder
+    assert ('scenes' in folder) == (target == 'demo-seg')
+    assert re.search(rf'^make {target} ', make('help').stdout, re.MULTILINE)
 
 
 def test_ci_runs_make_test(tmp_path):

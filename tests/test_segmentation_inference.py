@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -171,27 +172,38 @@ def test_mmseg_functions(trained, tmp_path):
     assert not np.array_equal(drawn, pixels)
 
 
-def snippet():
-    """The page's Python code from an image to an overlay."""
-    page = (ROOT / 'docs/segmentation.md').read_text()
-    blocks = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+def snippet(page):
+    """A page's Python code from an image to an overlay."""
+    blocks = re.findall(
+        r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL
+    )
     (code,) = (block for block in blocks if 'Inferencer' in block)
     return code
 
 
-def test_snippet_of_the_page(trained):
-    """As it stands there, in a new process."""
-    code = snippet() + "\nprint(result['predictions'].shape)"
+SNIPPETS = [  # page, share of the classes' colours, what must hold besides
+    (
+        'docs/segmentation.md',
+        0.5,
+        "assert result['predictions'].shape == (50, 70)",
+    ),
+    ('README.md', 0.8, ''),
+]
+
+
+@pytest.mark.parametrize(('page', 'opacity', 'claim'), SNIPPETS)
+def test_snippets_of_the_pages(trained, page, opacity, claim):
+    """As they stand there, in a new process."""
+    shutil.rmtree(trained / 'results', ignore_errors=True)
     paths = [str(ROOT), os.environ.get('PYTHONPATH', '')]
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
+        [sys.executable, '-W', 'ignore', '-c', f'{snippet(page)}\n{claim}'],
         cwd=trained,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith('(50, 70)')
     image, overlay, mask = (
         np.asarray(Image.open(trained / name))
         for name in (
@@ -202,9 +214,8 @@ def test_snippet_of_the_page(trained):
     )
     assert overlay.shape == image.shape
     assert mask.shape == (50, 70)
-    # half of it is the image, the other half the colours of the classes
     palette = np.array(mmstabvim.DigitScenes.METAINFO['palette'])
-    expected = (image + palette[mask]) / 2
+    expected = (1 - opacity) * image + opacity * palette[mask]
     # labels are drawn over it
     assert np.mean(np.abs(overlay - expected).max(-1) <= 1) > 0.8
     assert len(np.unique(mask)) > 1

@@ -343,6 +343,20 @@ def start_from_narrow_weights(config, root):
     )
 
 
+def expect_a_class_token(config, root):
+    config.model.backbone.cls_token = 'middle'
+    config.load_from = CHECKPOINT
+
+
+def return_a_map_too_many(config, root):
+    config.model.backbone.out_indices = [0, 1, 2]
+
+
+def return_too_few_maps(config, root):
+    config.model.backbone.out_indices = [2]
+    config.model.neck = None
+
+
 CHECKPOINT = 'checkpoint.pth'
 WIDTH = r'the checkpoint has embed_dims 16, the model 24: choose the arch'
 MISTAKES = {
@@ -352,6 +366,9 @@ MISTAKES = {
     spoil_labels: r'ann/2\.png must hold labels.*0 to 10.*\[77\] in 1024',
     load_narrow_weights: WIDTH,
     start_from_narrow_weights: WIDTH,
+    expect_a_class_token: r"cls_token None, the model 'middle'",
+    return_a_map_too_many: r'out_indices must give 1 map, or 2,.*got 3',
+    return_too_few_maps: r'in_index must be below 1, .*out_indices \[2\]',
 }
 
 

@@ -1,5 +1,4 @@
-# Scenes of handwritten digits on a CPU, nothing to download. Accuracy not
-# measured.
+# Scenes of handwritten digits on a CPU, nothing to download: `make demo-seg`.
 _base_ = [
     '../_base_/models/upernet_vim_nano_p4.py',
     '../_base_/datasets/digit_scenes_64x64.py',
@@ -7,10 +6,14 @@ _base_ = [
     '../_base_/default_runtime_seg.py',
 ]
 
+# which digit it is takes a wider head and large steps: with 32 channels and
+# half the learning rate no class was told apart after 650 iterations
+model = dict(decode_head=dict(channels=64))
+
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
-        type='AdamW', lr=2e-3, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999)
+        type='AdamW', lr=4e-3, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999)
     ),
     clip_grad=dict(max_norm=1.0),
 )

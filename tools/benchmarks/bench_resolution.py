@@ -62,6 +62,10 @@ QUANTITIES = {
 }
 MEASURED = ('status', *QUANTITIES, 'attention')
 NUMBERS = ('size', 'round', 'tokens', 'batch', 'timed_seconds', *QUANTITIES)
+CLOCKS: dict[str, Callable[[], float]] = {
+    'processor': time.process_time,
+    'wall': time.perf_counter,
+}
 DIFFERING = ('date', 'commit')
 """What measurements in one file need not have in common."""
 
@@ -95,6 +99,8 @@ python tools/benchmarks/bench_resolution.py {{command}}
 
 - A measurement is a process of its own: a step to warm up, then the median
   step of {{timed_seconds:g}} seconds, one at least. The models take turns.
+- Times are {{clock}} time: the processor's for one thread on a CPU, without
+  what other programs take, else the wall clock's.
 - Numbers are medians over the rounds, for times with the smallest and the
   largest; a ratio is Vim / DeiT within a round.
 - Memory: the peak, less what the process held with the model, the optimizer's
@@ -190,7 +196,8 @@ def measure(args: Options, family: str, mode: str, size: int) -> Row:
     try:
         image = torch.randn(*shape[:2], size, size).to(args.device)
         counts = count_operations(step, image)
-        seconds = time_steps(step, image, args.timed_seconds)
+        clock = CLOCKS[clock_name(args)]
+        seconds = time_steps(step, image, args.timed_seconds, clock)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
             return dict(status='does not fit')
@@ -218,13 +225,21 @@ def count_operations(step: Step, image: Tensor) -> dict[str, int]:
     return {str(name).split('.')[-1]: n for name, n in counts.items()}
 
 
-def time_steps(step: Step, image: Tensor, total: float) -> float:
+def clock_name(args: Options) -> str:
+    """Whose time is measured; several threads work at the same time."""
+    alone = args.device == 'cpu' and args.threads == 1
+    return 'processor' if alone else 'wall'
+
+
+def time_steps(
+    step: Step, image: Tensor, total: float, clock: Callable[[], float]
+) -> float:
     """Median seconds of a step."""
     times: list[float] = []
     while not times or sum(times) < total:
-        start = time.perf_counter()
+        start = clock()
         step(image)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times)
 
 
@@ -300,6 +315,7 @@ def describe_run(args: Options) -> Row:
         batch=args.batch_size,
         dtype=args.dtype,
         timed_seconds=args.timed_seconds,
+        clock=clock_name(args),
         device=device,
         versions=', '.join(f'{name} {found[name]}' for name in packages),
         limits=f'{args.max_memory_gb:g} GB, {args.max_seconds:g} s',
@@ -321,9 +337,10 @@ def read_rows(path: Path, run: Row) -> list[Row]:
     for row in rows:
         row |= {name: json.loads(row[name] or 'null') for name in NUMBERS}
         for name in run.keys() - set(DIFFERING):
-            if row[name] != run[name]:
+            found = row.get(name)
+            if found != run[name]:
                 raise SystemExit(
-                    f'{path} has measurements with {name} {row[name]!r}, not '
+                    f'{path} has measurements with {name} {found!r}, not '
                     f'{run[name]!r}: remove it or give another --out'
                 )
     return rows
