@@ -71,7 +71,8 @@ def write_page(
     """
     sections = [_table(table) for table in found]
     sections += [_picture(picture, folder) for picture in pictures]
-    contents = [(part.name, part.title) for part in (*found, *pictures)]
+    contents = [(table.name, table.title) for table in found]
+    contents += [(picture.name, picture.title) for picture in pictures]
     return make_page(title, facts, contents, ''.join(sections))
 
 

@@ -7,7 +7,11 @@ a figure: so a file with the rows is the data of the figure.
 from mmstabvim.visualization.curves import curve_figure
 from mmstabvim.visualization.lines import line_figure
 from mmstabvim.visualization.robustness import robustness_figure
-from mmstabvim.visualization.scores import ladder_figure, score_figure
+from mmstabvim.visualization.scores import (
+    ladder_figure,
+    rate_figure,
+    score_figure,
+)
 from mmstabvim.visualization.spectra import decay_figure, eigenvalue_figure
 from mmstabvim.visualization.stable_rank import (
     descent_figure,
@@ -24,6 +28,7 @@ __all__ = [
     'form_eigenvalue_figure',
     'ladder_figure',
     'line_figure',
+    'rate_figure',
     'robustness_figure',
     'score_figure',
     'sphere_figure',

@@ -16,6 +16,7 @@ from mmstabvim.engine.hooks.stability_monitor_hook import (
     gradient_norms,
     parameters_of,
     quantiles,
+    some_rows,
     to_host,
 )
 from mmstabvim.layers.selective_ssm import SelectiveSSM
@@ -280,6 +281,19 @@ def test_quantiles_of_many_numbers():
     x = torch.linspace(0, 1, 1 << 18)[torch.randperm(1 << 18)]
     found = quantiles(x.reshape(512, 512))
     assert found.tolist() == pytest.approx([0.01, 0.5, 0.99], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ('rows', 'columns', 'kept'),
+    [(384, 16, 16), (128, 8, 32), (4, 16, 4), (3, 1000, 1)],
+)
+def test_some_rows_are_whole(rows, columns, kept):
+    """All modes of some channels, not some modes of all channels."""
+    x = torch.arange(rows * columns).reshape(rows, columns)
+    found = some_rows(x, 256)
+    assert found.shape == (kept, columns)
+    steps = found[:, 0].diff() // columns
+    assert len(set(steps.tolist())) <= 1
 
 
 def test_gradient_norms():

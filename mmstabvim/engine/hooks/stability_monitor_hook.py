@@ -408,10 +408,18 @@ def _with_bounds(rule: Any, rho_max: Tensor | None) -> Any:
 
 
 def quantiles(x: Tensor, most: int = 1 << 16) -> Tensor:
-    """Quantiles of all elements, of an even sample where there are many."""
-    flat = x.reshape(-1)
-    flat = flat[:: -(-flat.numel() // most)]
+    """Quantiles of all elements, of a sample of rows where there are many."""
+    flat = some_rows(x, most).reshape(-1)
     return torch.quantile(flat, flat.new_tensor(QUANTILES))
+
+
+def some_rows(x: Tensor, most: int) -> Tensor:
+    """Whole rows, evenly spread: about ``most`` numbers, one row at least.
+
+    A stride over single numbers would favour some columns where the two have
+    a common divisor.
+    """
+    return x[:: -(-x.numel() // most)]
 
 
 def _step_rows(
@@ -452,6 +460,5 @@ def _stabilizers(runner: Runner) -> list[StabilizerHook]:
 @torch.no_grad()
 def _some(matrix: StateMatrix, most: int) -> list[list[float]]:
     """Eigenvalues as (real, imaginary), evenly spread over the channels."""
-    flat = matrix.eigenvalues().reshape(-1)
-    flat = flat[:: -(-flat.numel() // most)]
-    return torch.view_as_real(flat + 0j).tolist()
+    chosen = some_rows(matrix.eigenvalues(), most).reshape(-1)
+    return torch.view_as_real(chosen + 0j).tolist()

@@ -1,0 +1,1 @@
+"""What ``stability_report.py`` measures, finds, draws and writes."""
