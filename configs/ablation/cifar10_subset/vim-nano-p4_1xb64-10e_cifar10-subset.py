@@ -1,6 +1,6 @@
-# A small Vim on 400 images of each class of CIFAR-10, for studies on a CPU: ten
-# epochs of 62 steps. It is far from converged; compare runs with it, not with
-# other models.
+# A small Vim on 400 images of each class of CIFAR-10, for studies on a CPU:
+# ten epochs of 62 steps. It is far from converged; compare runs with it, not
+# with other models.
 _base_ = [
     '../../_base_/models/vim_nano_p4.py',
     '../../_base_/datasets/cifar10_subset_bs64.py',
