@@ -407,13 +407,15 @@ def _spectrum(
     rows: Rows = []
     decays: Rows = []
     for c in group:
-        cell = next(cell for cell in c.cells if cell.stability)
-        rows += _eigenvalue_rows(cell, layout.name(c))
-        decays += _decay_rows(cell, layout.name(c))
+        cells = [cell for cell in c.cells if cell.stability]
+        # a single spectrum is that of the start
+        several = [cell for cell in cells if _count_spectra(cell) > 1]
+        rows += _eigenvalue_rows((several or cells)[0], layout.name(c))
+        decays += _decay_rows(cells[0], layout.name(c))
     present = {layout.name(c) for c in group}
     series = [name for name in layout.names if name in present]
     where = f' ({facet})' if facet else ''
-    seed = 'The first seed of each combination with records.'
+    seed = 'The first seed of each combination with records'
     # the start alone is no training
     if len({row['step'] for row in rows}) > 1:
         left_out = max(abs(row['imag']) for row in rows)
@@ -423,10 +425,10 @@ def _spectrum(
         yield Picture(
             f'eigenvalues{suffix}',
             f'Eigenvalues of A over training{where}',
-            f'{seed} All layers and directions, an even sample of at most '
-            f'{_POINTS} eigenvalues a panel; the axes hold the middle 99 % '
-            'of them. Dashed: border of stability, Re λ = 0; tinted: '
-            f'unstable.{aside if left_out else ""}',
+            f'{seed} of several iterations. All layers and directions, an '
+            f'even sample of at most {_POINTS} eigenvalues a panel; the axes '
+            'hold the middle 99 % of them. Dashed: border of stability, '
+            f'Re λ = 0; tinted: unstable.{aside if left_out else ""}',
             visualization.eigenvalue_figure(rows, series),
             rows,
         )
@@ -434,13 +436,17 @@ def _spectrum(
         yield Picture(
             f'decay{suffix}',
             f'Largest |exp(ΔA)| by layer and iteration{where}',
-            f'{seed} Over the channels, states and tokens of a batch; fwd and '
-            'bwd are the directions of a layer. Blue: states forget; red: '
-            'they grow; grey: no record. The scale is logarithmic in the '
-            'distance from 1.',
+            f'{seed}. Over the channels, states and tokens of a batch; fwd '
+            'and bwd are the directions of a layer. Blue: states forget; '
+            'red: they grow; grey: no record. The scale is logarithmic in '
+            'the distance from 1.',
             visualization.decay_figure(decays, series),
             decays,
         )
+
+
+def _count_spectra(cell: Result) -> int:
+    return sum(bool(record.get('eigenvalues')) for record in cell.stability)
 
 
 def _eigenvalue_rows(cell: Result, series: str) -> Rows:

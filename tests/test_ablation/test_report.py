@@ -538,6 +538,21 @@ def test_eigenvalues_of_the_start_alone_are_no_picture(
     assert 'eigenvalues' not in names
 
 
+def test_eigenvalues_are_those_of_a_seed_that_has_several(
+    tmp_path, write_cell, write_study
+):
+    once, often = stability_lines(), stability_lines()
+    del once[1]['eigenvalues']
+    cells = [
+        write_cell(tmp_path, dict(kind='a'), seed, 50.0, stability=lines)
+        for seed, lines in enumerate((once, often, often))
+    ]
+    write_study(tmp_path, cells, kind=['a'])
+    pictures = pictures_of(tmp_path)
+    assert {row['seed'] for row in pictures['eigenvalues'].rows} == {1}
+    assert {row['seed'] for row in pictures['decay'].rows} == {0}
+
+
 @pytest.mark.parametrize('imag', [0.01, 0.5])
 def test_small_imaginary_parts_are_left_out(
     imag, tmp_path, write_cell, write_study
