@@ -26,9 +26,9 @@ import mmengine
 import numpy as np
 import torch
 from _robustness.evaluate import choose_samples
-from _trained import writing
+from _trained import loading, writing
 from matplotlib.figure import Figure
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from rich.console import Console
@@ -165,14 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='mistakes to list (default: %(default)s)',
     )
     add('--out', type=Path, metavar='DIR', help='folder for the results')
-    add(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config',
-    )
+    loading.add_cfg_options(parser)
     args = parser.parse_args(argv)
     for name in ('samples', 'top'):
         value = getattr(args, name)

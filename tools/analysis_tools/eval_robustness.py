@@ -15,7 +15,7 @@ from pathlib import Path
 
 from _robustness.evaluate import Measured, Options, evaluate, evaluate_study
 from _robustness.report import write_report
-from mmengine.config import DictAction
+from _trained import loading
 from rich.console import Console
 from rich.progress import Progress
 
@@ -133,14 +133,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--only', metavar='GLOB', help='cells of a study whose name matches'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config',
-    )
+    loading.add_cfg_options(parser)
 
 
 def make_options(args: argparse.Namespace) -> Options:

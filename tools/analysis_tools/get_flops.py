@@ -38,9 +38,9 @@ from typing import Any
 
 import mmengine
 import torch
-from _trained import writing
+from _trained import loading, writing
 from matplotlib.figure import Figure
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
@@ -122,14 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--device', default='cpu', help='where the model runs')
     add('--seed', type=int, default=0, help='of the weights and the image')
     add('--out', type=Path, metavar='DIR', help='folder for the results')
-    add(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config',
-    )
+    loading.add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(

@@ -38,7 +38,16 @@ def add_options(parser: argparse.ArgumentParser, samples: int) -> None:
     add('--seed', type=int, default=0, help='of the choice of images')
     add('--device', default='cpu', help='where the model runs')
     add('--out', type=Path, metavar='DIR', help='folder for the results')
-    add(
+    add_cfg_options(parser)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``; the default is an empty dict.
+
+    Args:
+        parser (argparse.ArgumentParser): Changed in place.
+    """
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
