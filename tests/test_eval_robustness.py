@@ -104,7 +104,8 @@ def test_one_segmentor(tmp_path, capsys):
     arguments = [str(config), str(checkpoint), FEW[0], f'--out={out}']
     tool.main([*arguments, '--level=pixel', '--amp'])
     names = {path.name for path in out.iterdir()}
-    assert {'robustness.png', 'robustness.pdf', 'robustness.md'} <= names
+    figure = {f'robustness.{ending}' for ending in ('png', 'pdf', 'svg')}
+    assert figure | {'robustness.md'} <= names
     assert {'mIoU.tex', 'flip_rate.tex', 'logit_shift.tex'} <= names
     rows = read(out / 'all.csv')
     assert [row['kind'] for row in rows][:2] == ['clean', 'fourier']

@@ -46,7 +46,7 @@ def test_first_order(toy):
 def test_files(toy):
     assert len(read(toy / 'images.csv')) == 16
     for name in ('scaling', 'images'):
-        for ending in ('.png', '.pdf'):
+        for ending in ('.png', '.pdf', '.svg'):
             assert (toy / name).with_suffix(ending).stat().st_size > 5000
     rows = read(toy / 'correlations.csv')
     assert [row['seed'] for row in rows] == ['0', '1']

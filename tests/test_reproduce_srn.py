@@ -196,6 +196,7 @@ def test_files(results, name):
         assert min(image.size) > 300
         assert len(image.convert('RGB').getcolors(2**24)) > 50
     assert (results / f'{name}.pdf').read_bytes().startswith(b'%PDF')
+    assert '</svg>' in (results / f'{name}.svg').read_text()
     assert read(results / f'{name}.csv')
 
 

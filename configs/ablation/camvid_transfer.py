@@ -23,11 +23,17 @@ _starts = {
         'full.none.fp32.seed0/epoch_10.pth',
     },
 }
+_short = {  # half the configs' iterations
+    'train_cfg.max_iters': 500,
+    'param_scheduler.1.end': 500,
+    'default_hooks.checkpoint.max_keep_ckpts': 1,
+}
 
 groups = [
     dict(
         configs=_config.format('vim-nano-p4_upernet', _suffix),
         labels=dict(model='Vim', stabilizers=_stabilizers, start=_starts),
+        cfg_options=_short,
     )
     for _stabilizers, _suffix in (('none', ''), ('all', '-all'))
 ] + [
@@ -36,5 +42,6 @@ groups = [
         labels=dict(
             model='FCN, ResNet-18', stabilizers='none', start='scratch'
         ),
+        cfg_options=_short,
     )
 ]

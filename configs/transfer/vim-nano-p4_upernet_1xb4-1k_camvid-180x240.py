@@ -1,4 +1,4 @@
-# CamVid at half its size on a CPU: about ten minutes of one core. The
+# CamVid at half its size on a CPU: half an hour of one core or less. The
 # backbone is that of
 # `ablation/cifar10_subset/vim-nano-p4_1xb64-10e-full-none_cifar10-subset.py`,
 # from whose checkpoints it can start:

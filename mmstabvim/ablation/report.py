@@ -63,7 +63,7 @@ def _clear(out: Path) -> None:
     for name in ('tables', 'figures'):
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
-        for pattern in ('*.md', '*.csv', '*.tex', '*.png', '*.pdf'):
+        for pattern in ('*.md', '*.csv', '*.tex', '*.png', '*.pdf', '*.svg'):
             for path in folder.glob(pattern):
                 path.unlink()
 

@@ -15,6 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
 WIDTH = 7.2  # inches, a page of text
+DPI = 200
+FORMATS = ('png', 'pdf', 'svg')
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes, wine
 # instead of their yellow, which is lost on white.
@@ -52,7 +54,6 @@ _SETTINGS = {
     'legend.frameon': False,
     'lines.linewidth': 1.2,
     'pdf.fonttype': 42,  # letters stay letters
-    'savefig.dpi': 200,
 }
 
 
@@ -118,18 +119,31 @@ def hide_rest(grid: Any, count: int) -> list[Axes]:
     return axes[:count]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and PDF.
+def save(
+    figure: Figure,
+    path: Path,
+    formats: Sequence[str] = FORMATS,
+    dpi: float = DPI,
+) -> None:
+    """Write a figure; equal figures give equal files.
 
     Args:
         figure (Figure): The figure.
         path (Path): Without ending.
+        formats (Sequence[str]): Endings, of ``'png'``, ``'pdf'`` and
+            ``'svg'``. Defaults to all three.
+        dpi (float): Pixels per inch of the PNG file. Defaults to 200.
     """
-    with look():
-        figure.savefig(path.with_suffix('.png'))
-        # no date, so that equal results give equal files
-        metadata = {'CreationDate': None, 'ModDate': None}
-        figure.savefig(path.with_suffix('.pdf'), metadata=metadata)
+    # without dates, and with names inside the SVG that are not random
+    metadata: dict[str, dict[str, None]] = dict(
+        png={}, pdf=dict(CreationDate=None, ModDate=None), svg=dict(Date=None)
+    )
+    options = {'svg.hashsalt': path.name, 'savefig.dpi': dpi}
+    with look(), matplotlib.rc_context(options):
+        for ending in formats:
+            figure.savefig(
+                path.with_suffix(f'.{ending}'), metadata=metadata[ending]
+            )
 
 
 def unique(rows: Iterable[dict[str, Any]], name: str) -> list[Any]:

@@ -162,7 +162,9 @@ def test_every_figure_is_there(folder):
         for kind in ('eigenvalues', 'decay')
         for matrix in ('neg_exp', 'full')
     ]
-    expected = {f'{n}.{end}' for n in names for end in ('png', 'pdf', 'csv')}
+    expected = {
+        f'{n}.{end}' for n in names for end in ('png', 'pdf', 'svg', 'csv')
+    }
     assert found == expected
 
 

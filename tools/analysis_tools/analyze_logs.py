@@ -26,7 +26,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from mmengine.utils import mkdir_or_exist
@@ -387,9 +386,6 @@ def plot_curve(args: argparse.Namespace, progress: Progress) -> None:
     known = args.out.suffix in ('.png', '.pdf', '.svg', '.csv')
     base = args.out.with_suffix('') if known else args.out
     style.save(figure, base)
-    # equal numbers give equal files
-    with style.look(), matplotlib.rc_context({'svg.hashsalt': 'curves'}):
-        figure.savefig(base.with_suffix('.svg'), metadata={'Date': None})
     data = [
         {k: row[k] for k in ('log', 'key', 'step', 'value')} for row in rows
     ]

@@ -5,7 +5,7 @@ MMSegmentation: score, flip rate against the clean images and shift of the
 logits for each frequency, and beside them Gaussian noise, brightness and
 JPEG of the same energy. For the folder of a study of tools/ablation.py: the
 same for all its checkpoints, with mean and standard deviation over seeds.
-Writes tables, their data as CSV, and a figure as PNG and PDF.
+Writes tables, their data as CSV, and a figure as PNG, PDF and SVG.
 """
 
 import argparse

@@ -10,7 +10,7 @@ spectral entropy (SE), attribution condition number (ACN), Frechet distance
 (FD) and instability of attributions, regularized against plain, and the
 correlations over images.
 
-Everything is written as CSV and Markdown, figures as PNG and PDF.
+Everything is written as CSV and Markdown, figures as PNG, PDF and SVG.
 """
 
 import argparse

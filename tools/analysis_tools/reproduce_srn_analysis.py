@@ -2,8 +2,8 @@
 
 Figures 1 to 3 of Zheng et al., Analysis of the Stable Rank Normalization for
 Convolutional Kernels, and the failure of SRN-C that its Section 2.2 reports;
-beside them what the exact solver does. Every figure is written as PNG and
-PDF with its data as CSV.
+beside them what the exact solver does. Every figure is written as PNG, PDF
+and SVG with its data as CSV.
 
 The paper does not say for which stable rank its Figures 2 and 3 are; 32, half
 of the length, is taken here.

@@ -28,7 +28,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from _gpu.machine import describe
@@ -472,10 +471,7 @@ def draw(out: Path, rows: Sequence[Row], models: Sequence[str]) -> None:
     ]
     series = models[::-1]  # the baseline comes first
     figure = curve_figure(marks, series, 'model', [*QUANTITIES.values()])
-    # equal numbers give equal files
-    with style.look(), matplotlib.rc_context({'svg.hashsalt': 'resolution'}):
-        figure.savefig(out.with_suffix('.png'))
-        figure.savefig(out.with_suffix('.svg'), metadata={'Date': None})
+    style.save(figure, out, ('png', 'svg'))
 
 
 def curve(rows: Sequence[Row], key: str) -> Iterator[Row]:

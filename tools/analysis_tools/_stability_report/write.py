@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from _trained.writing import plain
-from matplotlib.figure import Figure
 
 from _stability_report import page
 from _stability_report.findings import Finding
@@ -18,6 +16,7 @@ from mmstabvim.visualization import style
 NAME = 'stability_report'
 FORMATS = ('pdf', 'svg')
 ENDINGS = ('png', 'csv', *FORMATS)
+DPI = 150  # the page holds all figures
 
 
 def write_files(
@@ -45,7 +44,7 @@ def write_files(
     for section in sections:
         for picture in section.pictures:
             place = folder / 'figures' / picture.name
-            save(picture.figure, place, formats)
+            style.save(picture.figure, place, ('png', *formats), DPI)
             place.with_suffix('.csv').write_text(to_csv(picture.rows))
         for table in section.tables:
             place = folder / 'tables' / f'{section.name}_{table.name}.csv'
@@ -67,16 +66,3 @@ def clear(folder: Path) -> None:
         for ending in ENDINGS:
             for path in inner.glob(f'*.{ending}'):
                 path.unlink()
-
-
-def save(figure: Figure, path: Path, formats: Sequence[str]) -> None:
-    """Write a figure; equal numbers give equal files."""
-    metadata: dict[str, Any] = dict(
-        png={}, pdf=dict(CreationDate=None, ModDate=None), svg=dict(Date=None)
-    )
-    options = {'svg.hashsalt': path.name, 'savefig.dpi': 150}
-    with style.look(), matplotlib.rc_context(options):
-        for ending in ('png', *formats):
-            figure.savefig(
-                path.with_suffix(f'.{ending}'), metadata=metadata[ending]
-            )

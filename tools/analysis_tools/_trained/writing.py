@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from mmstabvim.ablation.tables import Table, to_csv, to_markdown
@@ -73,9 +72,6 @@ def save(
         json.dumps(data, indent=1, allow_nan=False) + '\n'
     )
     style.save(figure, path)
-    # equal numbers give equal files
-    with style.look(), matplotlib.rc_context({'svg.hashsalt': name}):
-        figure.savefig(path.with_suffix('.svg'), metadata={'Date': None})
 
 
 def plain(value: Any) -> Any:
