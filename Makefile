@@ -13,7 +13,9 @@ PYTEST_ARGS ?= -n 2
 VENV_PYTHON := $(VENV)/bin/python
 # Steps this small gain little from threads, and on a shared machine threads
 # that spin while they wait make them many times slower.
-export OMP_NUM_THREADS ?= 1
+THREADS := 1
+demo-seg: THREADS := 2
+export OMP_NUM_THREADS ?= $(THREADS)
 DEMO := vim-nano-p4_1xb64-20e_digits
 DEMO_SEG := vim-nano-p4_upernet_1xb16-1700i_digit-scenes-64x64
 

@@ -76,6 +76,7 @@ def scenes_config(tmp_path):
     cfg.model.decode_head.update(
         in_channels=[16, 16], in_index=[0, 1], channels=8
     )
+    cfg.model.auxiliary_head.update(in_channels=16, channels=8)
     for split in ('train', 'val', 'test'):
         loader = cfg[f'{split}_dataloader']
         loader.dataset.update(img_size=32, num_samples=8)

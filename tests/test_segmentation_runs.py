@@ -123,7 +123,8 @@ def test_two_processes(config, tmp_path):
     and so each rank has statistics of its own.
     """
     norm = dict(type='SyncBN', requires_grad=True)
-    config.model.neck.norm_cfg = config.model.decode_head.norm_cfg = norm
+    for part in ('neck', 'decode_head', 'auxiliary_head'):
+        config.model[part].norm_cfg = norm
     config.custom_hooks = []
     first, second = train_in_two_processes(config, tmp_path, 29643)
     steps = scalars(config)
@@ -329,6 +330,7 @@ def widen(config, root):
     config.model.backbone.arch.embed_dims = 24
     config.model.neck.in_channels = 24
     config.model.decode_head.in_channels = [24, 24]
+    config.model.auxiliary_head.in_channels = 24
 
 
 def load_narrow_weights(config, root):

@@ -60,20 +60,22 @@ class DigitScenes(BaseSegDataset):
     :class:`.Digits` with its split, so test scenes show writers' images that
     no training scene shows. A scene is made as follows.
 
-    1. Background: two colours, drawn uniformly, are mixed by the logistic
-       function of twice a field that adds smooth noise on 2 x 2, 6 x 6 and
-       16 x 16 cells (amplitudes 1, 0.6 and 0.35, bicubic) and one plane wave
-       of 2 to 8 periods per side (amplitude 0.5) in any direction.
-    2. Two to five digits, one after the other. Each is one of the ten with
-       equal probability, then one of its images; enlarged to a side of 0.35
-       to 0.65 of the scene's and turned by up to 15 degrees (bicubic); its
+    1. Background: two colours, each channel drawn from 0 to 128, are mixed
+       by the logistic function of twice a field that adds smooth noise on
+       2 x 2, 6 x 6 and 16 x 16 cells (amplitudes 1, 0.6 and 0.35, bicubic)
+       and one plane wave of 2 to 8 periods per side (amplitude 0.5) in any
+       direction.
+    2. Two to four digits, one after the other. Each is one of the ten with
+       equal probability, then one of its images; enlarged to a side of 0.4
+       to 0.7 of the scene's and turned by up to 15 degrees (bicubic); its
        grey value, 0 to 1, is the opacity of the paint.
     3. Up to ten places inside the scene are tried. The first one is taken
        where the digit covers at most so many pixels of earlier digits as
-       make 20 % of the smallest one's; without one it is left out.
-    4. Its colour is brighter or darker (mean of the channels) by at least 60
-       of 255 than what it covers; then each channel gets a tint of -50 to
-       50, less their mean.
+       make 10 % of the smallest one's; without one it is left out.
+    4. Its colour is brighter (mean of the channels and pixels) than what it
+       covers, by at least 80 where 255 leaves room for it; then each
+       channel gets a tint of -50 to 50, less their mean, and is clipped to
+       0 to 255.
     5. Each channel of each pixel gets a random integer from -14 to 14.
 
     A pixel is of the last digit whose opacity there is at least 0.5: class 1

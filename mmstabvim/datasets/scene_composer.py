@@ -8,13 +8,14 @@ import numpy as np
 
 from mmstabvim.datasets.digits import MAX_VALUE, SPLITS, split_indices
 
-MAX_DIGITS = 5
+MAX_DIGITS = 4
 MIN_DIGITS = 2
-SIDES = (0.35, 0.65)  # of a digit, in parts of the scene's
+SIDES = (0.4, 0.7)  # of a digit, in parts of the scene's
 MAX_ANGLE = 15  # degrees
-MAX_OVERLAP = 0.2  # of the smallest digit's ink
+MAX_OVERLAP = 0.1  # of the smallest digit's ink
 PLACEMENTS = 10  # tried before a digit is left out
-MIN_CONTRAST = 60  # of a digit's brightness and that of what it covers
+MIN_CONTRAST = 80  # of a digit's brightness and that of what it covers
+BRIGHTEST = 128  # channel of the background's colours
 INK = 0.5  # opacity from which on a pixel belongs to the digit
 NOISE_SCALES = ((2, 1.0), (6, 0.6), (16, 0.35))  # cells per side, weight
 GRAIN = 14  # largest change of a pixel
@@ -86,7 +87,7 @@ def _texture(rng: np.random.RandomState, size: int) -> np.ndarray:
             interpolation=cv2.INTER_CUBIC,
         )
     mix = 1 / (1 + np.exp(-2 * field))
-    low, high = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    low, high = rng.uniform(0, BRIGHTEST, (2, 3)).astype(np.float32)
     return low + mix[..., None] * (high - low)
 
 
@@ -143,12 +144,8 @@ def _enlarge(
 def _contrasting_colour(
     rng: np.random.RandomState, covered: np.ndarray
 ) -> np.ndarray:
-    """Colour, (3,), brighter or darker than the (n, 3) pixels it covers."""
-    mean = covered.mean()
-    room = {-1: mean, 1: 255 - mean}
-    signs = [s for s in room if room[s] > MIN_CONTRAST]
-    sign = signs[rng.randint(len(signs))]
-    target = mean + sign * rng.uniform(MIN_CONTRAST, room[sign])
+    """Colour, (3,), brighter than the (n, 3) pixels that it covers."""
+    lowest = min(covered.mean() + MIN_CONTRAST, 255)
+    target = rng.uniform(lowest, 255)
     tint = rng.uniform(-50, 50, 3)
-    colour = (target + tint - tint.mean()).clip(0, 255)
-    return colour
+    return (target + tint - tint.mean()).clip(0, 255)

@@ -22,9 +22,9 @@ PIPELINE = [
 
 
 # of the first test scenes
-PINNED_CLASSES = [[0, 3, 6], [0, 1, 5], [0, 2, 9], [0, 1, 3, 7]]
-PINNED_PIXELS = [737, 607, 649, 827]
-PINNED_MEANS = [112.98, 136.68, 104.84, 116.30]
+PINNED_CLASSES = [[0, 3, 6], [0, 1, 6], [0, 2, 9], [0, 7, 9]]
+PINNED_PIXELS = [639, 755, 751, 1039]
+PINNED_MEANS = [66.93, 88.46, 83.79, 98.35]
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def test_scene_cannot_be_spoilt():
 
 
 def test_what_is_in_the_scenes(scenes):
-    """Types, classes in about equal parts, two to five digits mostly."""
+    """Types, classes in about equal parts, two to four digits mostly."""
     assert scenes[0].image.shape == (64, 64, 3)
     assert scenes[0].labels.shape == (64, 64)
     assert {a.dtype for s in scenes for a in s} == {np.dtype('uint8')}
@@ -103,7 +103,7 @@ def test_what_is_in_the_scenes(scenes):
     assert 0.65 < share[0] < 0.85
     assert (share[1:] > 0.01).all()
     kinds = [len(np.unique(s.labels)) - 1 for s in scenes]
-    assert {1, 2, 3, 4} <= set(kinds) <= {1, 2, 3, 4, 5}
+    assert {1, 2, 3, 4} == set(kinds)
     everywhere = (labels > 0).mean(0)
     assert (everywhere[8:-8, 8:-8] > 0).all()
 
@@ -140,19 +140,19 @@ def test_digits_are_those_of_the_split():
 
 
 def test_digits_differ_in_brightness():
-    """The paint is far from what it covers, whatever that is."""
+    """The paint is brighter than what it covers."""
     rng = np.random.RandomState(0)
-    for value in np.linspace(0, 255, 40):
+    for value in np.linspace(0, 175, 40):
         covered = np.full((5, 3), value)
         for _ in range(20):
             colour = scene_composer._contrasting_colour(rng, covered)
             assert 0 <= colour.min() <= colour.max() <= 255
-            # 60, less what is lost where the tint is clipped
-            assert abs(colour.mean() - value) > 40
+            # 80, less what is lost where the tint is clipped
+            assert colour.mean() - value > 60
 
 
 def test_overlap_is_small():
-    """A digit hides at most a fifth of the smallest one's ink."""
+    """A digit hides at most so many pixels of others as are allowed."""
     rng = np.random.RandomState(0)
     labels = np.zeros((20, 20), np.uint8)
     labels[:, 10:] = 1
