@@ -6,24 +6,7 @@ _base_ = [
     '../_base_/default_runtime_seg.py',
 ]
 
-# the auxiliary head learns to tell the digits apart, which the other one alone
-# begins hundreds of iterations later
-norm_cfg = dict(type='BN', requires_grad=True)
-model = dict(
-    decode_head=dict(channels=64),
-    auxiliary_head=dict(
-        type='FCNHead',
-        in_channels=64,
-        in_index=1,
-        channels=128,
-        num_convs=2,
-        concat_input=False,
-        num_classes=11,
-        norm_cfg=norm_cfg,
-        align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
-    ),
-)
+model = dict(decode_head=dict(channels=64))
 
 optim_wrapper = dict(
     type='OptimWrapper',

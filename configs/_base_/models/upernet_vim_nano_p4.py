@@ -39,6 +39,20 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
     ),
+    # learns to tell classes apart, which the other head alone begins hundreds
+    # of iterations later
+    auxiliary_head=dict(
+        type='FCNHead',
+        in_channels=64,
+        in_index=1,
+        channels=128,
+        num_convs=2,
+        concat_input=False,
+        num_classes=11,
+        norm_cfg=norm_cfg,
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
+    ),
     train_cfg={},
     test_cfg=dict(mode='whole'),
 )

@@ -3,7 +3,7 @@ _base_ = './no_decay.py'
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
-        type='AdamW', lr=1e-3, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999)
+        type='AdamW', lr=2e-3, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999)
     ),
     clip_grad=dict(max_norm=1.0),
 )
