@@ -26,6 +26,7 @@ def config(tmp_path):
     cfg.model.backbone.update(img_size=32, out_indices=[1])
     cfg.model.neck.in_channels = 16
     cfg.model.decode_head.update(in_channels=[16] * 4, channels=8)
+    cfg.model.auxiliary_head.update(in_channels=16, channels=8)
     cfg.model.data_preprocessor.size = (32, 32)
     for name in ('train', 'val', 'test'):
         loader = cfg[f'{name}_dataloader']
