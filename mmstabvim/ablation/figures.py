@@ -251,7 +251,9 @@ def _stability_pictures(
             pairs = [
                 (float(record['step']), max(values))
                 for record in cell.stability
-                if (values := _finite(record.get(key)))
+                # without state matrices the monitor records layers
+                if 'spectral_abscissa' in record
+                and (values := _finite(record.get(key)))
             ]
             return [step for step, _ in pairs], [value for _, value in pairs]
 

@@ -30,6 +30,8 @@ FLAGS = (
     '-shared',
     '-fPIC',
     '-ffp-contract=fast',
+    # same values, but GCC may turn a choice of two into vector code
+    '-fno-trapping-math',
 )
 
 _DIGEST_SIZE = hashlib.sha256().digest_size

@@ -385,6 +385,24 @@ def test_gradients_are_the_monitor_s(tmp_path, write_cell, write_study):
     assert picture.figure.axes[-1].get_ylabel() == 'gradient norm of A'
 
 
+def test_gradients_of_layers_are_not_those_of_a(
+    tmp_path, write_cell, write_study
+):
+    """Where there is no state matrix the monitor records the layers."""
+    layers = [
+        dict(step=step, layers=['conv', 'fc'], grad_norm=[0.1, 0.4])
+        for step in (1, 11)
+    ]
+    lines = dict(a=stability_lines(), b=layers)
+    cells = [
+        write_cell(tmp_path, dict(kind=kind), 0, 50.0, stability=lines[kind])
+        for kind in lines
+    ]
+    write_study(tmp_path, cells, kind=list(lines))
+    rows = pictures_of(tmp_path)['stability'].rows
+    assert {row['series'] for row in rows} == {'a'}
+
+
 def test_scores_are_drawn_at_their_places(pictures):
     picture = pictures['score']
     assert [row['value'] for row in picture.rows[:3]] == [90.0, 92.0, 94.0]
