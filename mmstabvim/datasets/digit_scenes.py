@@ -14,7 +14,7 @@ from mmstabvim.stability.inputs import check_choice
 PREFIX = 'digit-scenes'
 PATH = PREFIX + '://{split}/{size}/{seed}/{kind}/{index:05d}.png'
 PATTERN = re.compile(rf'{PREFIX}://(\w+)/(\d+)/(\d+)/(img|ann)/(\d+)\.png')
-NUM_SCENES = {'train': 10000, 'test': 400}
+NUM_SCENES = {'train': 24000, 'test': 400}
 
 
 @register_backend(PREFIX, prefixes=PREFIX)
@@ -45,7 +45,9 @@ class DigitScenesBackend(BaseStorageBackend):
         split, size, seed, kind, index = match.groups()
         scene = compose_scene(split, int(index), int(size), int(seed))
         pixels = scene.image if kind == 'img' else scene.labels
-        return cv2.imencode('.png', pixels)[1].tobytes()
+        # it is decoded at once: compression would only take time
+        uncompressed = [cv2.IMWRITE_PNG_COMPRESSION, 0]
+        return cv2.imencode('.png', pixels, uncompressed)[1].tobytes()
 
     def get_text(self, filepath: str, encoding: str = 'utf-8') -> str:
         """Refuse: scenes are no text."""
@@ -92,7 +94,7 @@ class DigitScenes(BaseSegDataset):
         img_size (int): Height and width, pixels, at least 32. Defaults to
             64.
         num_samples (int, optional): Number of scenes. Defaults to None:
-            10,000 for training, 400 for testing.
+            24,000 for training, 400 for testing.
         seed (int): Another one, other scenes. Defaults to 0.
         **kwargs: Of MMSegmentation's ``BaseSegDataset``: ``pipeline``,
             ``metainfo``, ``indices``, ``test_mode`` and so on; not the
