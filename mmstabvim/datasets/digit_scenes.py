@@ -14,7 +14,7 @@ from mmstabvim.stability.inputs import check_choice
 PREFIX = 'digit-scenes'
 PATH = PREFIX + '://{split}/{size}/{seed}/{kind}/{index:05d}.png'
 PATTERN = re.compile(rf'{PREFIX}://(\w+)/(\d+)/(\d+)/(img|ann)/(\d+)\.png')
-NUM_SCENES = {'train': 24000, 'test': 400}
+NUM_SCENES = {'train': 20000, 'test': 400}
 
 
 @register_backend(PREFIX, prefixes=PREFIX)
@@ -94,7 +94,7 @@ class DigitScenes(BaseSegDataset):
         img_size (int): Height and width, pixels, at least 32. Defaults to
             64.
         num_samples (int, optional): Number of scenes. Defaults to None:
-            24,000 for training, 400 for testing.
+            20,000 for training, 400 for testing.
         seed (int): Another one, other scenes. Defaults to 0.
         **kwargs: Of MMSegmentation's ``BaseSegDataset``: ``pipeline``,
             ``metainfo``, ``indices``, ``test_mode`` and so on; not the

@@ -180,7 +180,7 @@ def test_dataset():
         dict(type='mmstabvim.DigitScenes', split='test', pipeline=PIPELINE)
     )
     assert len(dataset) == 400
-    assert len(DigitScenes('train')) == 24000
+    assert len(DigitScenes('train')) == 20000
     packed = dataset[7]
     scene = compose_scene('test', 7)
     image = packed['inputs'].numpy().transpose(1, 2, 0)

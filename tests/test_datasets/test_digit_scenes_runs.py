@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmstabvim.engine import launch
 
 ROOT = Path(__file__).parents[2]
-DEMO = 'vim-nano-p4_upernet_1xb16-1400i_digit-scenes-64x64'
+DEMO = 'vim-nano-p4_upernet_1xb8-2200i_digit-scenes-64x64'
 CONFIG = ROOT / f'configs/upernet/{DEMO}.py'
 
 

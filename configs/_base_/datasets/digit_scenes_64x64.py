@@ -30,7 +30,7 @@ tta_pipeline = [
 
 # no worker processes: a sample takes less time than its transport
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(type=dataset_type, split='train', pipeline=train_pipeline),

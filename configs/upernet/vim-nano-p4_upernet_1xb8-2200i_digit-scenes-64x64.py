@@ -17,30 +17,30 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(
         type='AdamW',
-        lr=8e-3,
+        lr=6e-3,
         weight_decay=0.05,
         eps=1e-8,
-        betas=(0.9, 0.999),
+        betas=(0.9, 0.98),
         fused=True,
     ),
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [
-    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=100),
+    dict(type='LinearLR', start_factor=1e-2, by_epoch=False, begin=0, end=200),
     dict(
         type='CosineAnnealingLR',
-        eta_min=4e-5,
+        eta_min=3e-5,
         by_epoch=False,
-        begin=100,
-        end=1400,
+        begin=200,
+        end=2200,
     ),
 ]
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1400, val_interval=350)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2200, val_interval=550)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
-default_hooks = dict(checkpoint=dict(interval=350))
+default_hooks = dict(checkpoint=dict(interval=550))
 
 # `--auto-scale-lr` scales the learning rate from this total batch size
-auto_scale_lr = dict(base_batch_size=16)
+auto_scale_lr = dict(base_batch_size=8)
