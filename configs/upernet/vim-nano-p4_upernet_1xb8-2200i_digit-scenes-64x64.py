@@ -6,7 +6,9 @@ _base_ = [
     '../_base_/default_runtime_seg.py',
 ]
 
-# most pixels are background, and what is hard is to tell the digits apart
+# Most pixels are background, and what is hard is to tell the digits apart.
+# Leave the weights out for data with ignored pixels, where MMSegmentation's
+# implementation fails with an IndexError.
 loss_decode = dict(class_weight=[0.5] + [1.0] * 10)
 model = dict(
     decode_head=dict(channels=64, dropout_ratio=0, loss_decode=loss_decode),
