@@ -17,7 +17,7 @@ THREADS := 1
 demo-seg: THREADS := 2
 export OMP_NUM_THREADS ?= $(THREADS)
 DEMO := vim-nano-p4_1xb64-20e_digits
-DEMO_SEG := vim-nano-p4_upernet_1xb8-2200i_digit-scenes-64x64
+DEMO_SEG := vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64
 
 .PHONY: help setup demo demo-seg test lint
 

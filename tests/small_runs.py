@@ -22,7 +22,7 @@ DIGITS = ROOT / 'configs/vim/vim-nano-p4_1xb64-20e_digits.py'
 SCENES = (
     ROOT
     / 'configs/upernet'
-    / 'vim-nano-p4_upernet_1xb8-2200i_digit-scenes-64x64.py'
+    / 'vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64.py'
 )
 ARCH = dict(embed_dims=16, num_layers=2, d_state=4)
 

@@ -26,7 +26,7 @@ ALL = sorted(path.name for path in FOLDER.glob('*.py'))
 NAME = re.compile(
     r'vim-(?P<size>nano|micro|tiny|small|base)-p(?P<patch>\d+)_upernet'
     r'_(?P<gpus>\d+)xb(?P<batch>\d+)(?P<amp>-amp)?'
-    r'-(?P<length>\d+)(?P<unit>k|i)(-(?P<recipe>official))?'
+    r'-(?P<iters>\d+)k(-(?P<recipe>official))?'
     r'_(?P<data>ade20k|cityscapes|camvid|digit-scenes)'
     r'-(?P<height>\d+)x(?P<width>\d+)\.py'
 )
@@ -87,9 +87,9 @@ def parse(name):
     match = NAME.fullmatch(name)
     assert match, f'{name} does not follow the naming rule'
     said = match.groupdict()
-    for key in ('patch', 'gpus', 'batch', 'length', 'height', 'width'):
+    for key in ('patch', 'gpus', 'batch', 'iters', 'height', 'width'):
         said[key] = int(said[key])
-    said['iters'] = said['length'] * (1000 if said['unit'] == 'k' else 1)
+    said['iters'] *= 1000
     said['shape'] = (said['height'], said['width'])
     return said
 
@@ -104,7 +104,8 @@ def shrink(model, num_layers=4):
         out_indices=list(range(4))[-len(model.backbone.out_indices) :],
     )
     model.neck.in_channels = SMALL
-    model.decode_head.update(in_channels=[SMALL] * 4, channels=SMALL)
+    maps = len(model.decode_head.in_index)
+    model.decode_head.update(in_channels=[SMALL] * maps, channels=SMALL)
     if 'auxiliary_head' in model:
         model.auxiliary_head.update(in_channels=SMALL, channels=SMALL)
     if model.test_cfg.mode == 'slide':
@@ -295,7 +296,7 @@ def test_forward(name):
     cfg = load(name)
     num_classes = cfg.model.decode_head.num_classes
     model = small_model(cfg).train()
-    # MMSegmentation's weights of classes fail where a pixel is ignored
+    # weights of classes and ignored pixels do not go together
     weighted = 'class_weight' in cfg.model.decode_head.loss_decode
     samples = [
         fake_sample(num_classes, ignored=0 if weighted else 4)

@@ -314,7 +314,7 @@ def street_config(config, tmp_path):
             pipeline=config[f'{split}_dataloader'].dataset.pipeline,
         )
     for name in ('decode_head', 'auxiliary_head'):
-        # MMSegmentation's weights of classes fail where a pixel is ignored
+        # weights of classes and ignored pixels do not go together
         config.model[name].loss_decode.class_weight = None
     return config
 

@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from mmstabvim.engine import launch
 
 ROOT = Path(__file__).parents[2]
-DEMO = 'vim-nano-p4_upernet_1xb8-2200i_digit-scenes-64x64'
+DEMO = 'vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64'
 CONFIG = ROOT / f'configs/upernet/{DEMO}.py'
 
 
@@ -25,7 +25,7 @@ def config(tmp_path):
     cfg.model.backbone.arch = dict(embed_dims=16, num_layers=2, d_state=4)
     cfg.model.backbone.update(img_size=32, out_indices=[1])
     cfg.model.neck.in_channels = 16
-    cfg.model.decode_head.update(in_channels=[16] * 4, channels=8)
+    cfg.model.decode_head.update(in_channels=[16] * 3, channels=8)
     cfg.model.auxiliary_head.update(in_channels=16, channels=8)
     cfg.model.data_preprocessor.size = (32, 32)
     for name in ('train', 'val', 'test'):

@@ -225,6 +225,44 @@ def test_head_ignores_another_label(good):
         check(dataset(good), model=Model(Head(ignore_index=9)))
 
 
+def with_losses(head, *losses):
+    """The head with one loss, or a list of several."""
+    from mmseg.models.losses import CrossEntropyLoss
+
+    built = [CrossEntropyLoss(**loss) for loss in losses]
+    head.out_channels = head.num_classes
+    head.loss_decode = built[0] if len(built) == 1 else nn.ModuleList(built)
+    return head
+
+
+WEIGHTED = dict(class_weight=[0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize('losses', [[WEIGHTED], [{}, WEIGHTED]], ids=len)
+def test_ignored_pixels_and_weighted_classes(good, losses):
+    model = Model(auxiliary_head=with_losses(Head(), *losses))
+    message = (
+        r'model\.auxiliary_head\.loss_decode\.class_weight must be None.*'
+        r'weight of 255 too; got \[0\.5.*training data.*a\.png'
+    )
+    with pytest.raises(ValueError, match=message):
+        check(dataset(good), model=model)
+
+
+def test_weighted_classes_that_pass(good, tmp_path):
+    weighted = Model(with_losses(Head(), WEIGHTED))
+    write(tmp_path / 'all', 'a', [0, 1, 2])
+    # where nothing is ignored in training
+    check(dataset(tmp_path / 'all'), model=weighted, val=dataset(good))
+    # and the losses that do not look up an ignored pixel's weight
+    for loss in (
+        dict(WEIGHTED, use_sigmoid=True),
+        dict(WEIGHTED, reduction='sum'),
+        {},
+    ):
+        check(dataset(good), model=Model(with_losses(Head(), loss)))
+
+
 def test_sixteen_bits(good):
     write(good, 'c', [0, 1, 256 + 2], mode='I;16')
     with pytest.raises(ValueError, match=r'c\.png.*got \[258\] in 8 pixels'):

@@ -7,6 +7,7 @@ from typing import Any
 
 import mmengine.fileio as fileio
 import numpy as np
+import torch
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -34,7 +35,9 @@ class SegmentationDataCheckHook(Hook):
     - each image has a mask, where files are on a local disk;
     - of up to ``samples`` evenly spaced images: the mask has one channel and
       the size of its image, and its labels are classes or ignored once
-      ``reduce_zero_label`` and ``label_map`` are applied.
+      ``reduce_zero_label`` and ``label_map`` are applied;
+    - if some are ignored in training, no head has a cross-entropy with
+      ``class_weight``, which MMSegmentation cannot compute there.
 
     The model is checked too: what :class:`mmstabvim.VisionMamba` returns must
     suit the neck and the heads.
@@ -88,13 +91,14 @@ class SegmentationDataCheckHook(Hook):
                     f'{name}: wanted images, got none in {_folders(leaf)}'
                 )
             if _reads_masks(leaf.pipeline):
-                done = self._check_masks(name, leaf, heads)
+                trains = purpose == 'training'
+                done = self._check_masks(name, leaf, heads, trains)
             else:
                 done = 'its pipeline loads no masks, so none were checked'
             runner.logger.info(f'{name}: {len(leaf)} images; {done}')
 
     def _check_masks(
-        self, name: str, dataset: Any, heads: dict[str, Any]
+        self, name: str, dataset: Any, heads: dict[str, Any], trains: bool
     ) -> str:
         """Check classes, files and some pixels; say what was looked at."""
         num_classes = len(dataset.metainfo.get('classes') or ())
@@ -108,7 +112,9 @@ class SegmentationDataCheckHook(Hook):
             info = dataset.get_data_info(number * len(dataset) // count)
             mask = _read_mask(name, dataset, info)
             if num_classes:
-                _check_labels(name, info, mask, num_classes, ignored)
+                used = _check_labels(name, info, mask, num_classes, ignored)
+                if trains and not used.isdisjoint(ignored):
+                    _check_losses(name, info, heads)
         return f'size and labels of {count} masks fit'
 
 
@@ -249,11 +255,12 @@ def _check_labels(
     mask: np.ndarray,
     num_classes: int,
     ignored: set[int],
-) -> None:
-    """Raise ValueError where a mask's label is no class and not ignored."""
-    wrong = {}
+) -> set[int]:
+    """Return a mask's labels; ValueError for one neither class nor ignored."""
+    wrong, loaded = {}, set()
     for label, count in zip(*_count_labels(mask), strict=True):
         used = _loaded_label(info, label)
+        loaded.add(used)
         if not (0 <= used < num_classes or used in ignored):
             wrong[label] = count
     if wrong:
@@ -265,6 +272,39 @@ def _check_labels(
             f'(reduce_zero_label={bool(info.get("reduce_zero_label"))}, '
             f'label_map={info.get("label_map")})'
         )
+    return loaded
+
+
+def _check_losses(name: str, info: dict, heads: dict[str, Any]) -> None:
+    """Raise ValueError where a loss cannot deal with ignored pixels."""
+    for path, head in heads.items():
+        losses: Any = getattr(head, 'loss_decode', None)
+        several = isinstance(losses, nn.ModuleList)
+        for loss in losses if several else [losses]:
+            if _weighs_ignored(loss, head):
+                raise ValueError(
+                    f'model.{path}.loss_decode.class_weight must be None '
+                    'where pixels are ignored, for MMSegmentation looks up '
+                    f'the weight of {head.ignore_index} too; got '
+                    f'{loss.class_weight}, and ignored pixels in the {name}: '
+                    f'{info["seg_map_path"]}'
+                )
+
+
+def _weighs_ignored(loss: Any, head: Any) -> bool:
+    """Whether a loss fails at an ignored pixel, as MMSegmentation 1.2.2's."""
+    softmax = type(loss).__name__ == 'CrossEntropyLoss' and not (
+        loss.use_sigmoid or loss.use_mask
+    )
+    if not softmax or loss.class_weight is None:
+        return False
+    scores = torch.zeros(1, head.out_channels, 1, 1)
+    labels = torch.full((1, 1, 1), head.ignore_index)
+    try:
+        loss(scores, labels, ignore_index=head.ignore_index)
+    except IndexError:
+        return True
+    return False
 
 
 def _count_labels(mask: np.ndarray) -> tuple[list[int], list[int]]:

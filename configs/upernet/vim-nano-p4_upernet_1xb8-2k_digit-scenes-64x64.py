@@ -7,11 +7,19 @@ _base_ = [
 ]
 
 # Most pixels are background, and what is hard is to tell the digits apart.
-# Leave the weights out for data with ignored pixels, where MMSegmentation's
-# implementation fails with an IndexError.
+# Leave the weights out for data with ignored pixels: MMSegmentation cannot
+# compute them there, and training is refused.
 loss_decode = dict(class_weight=[0.5] + [1.0] * 10)
 model = dict(
-    decode_head=dict(channels=64, dropout_ratio=0, loss_decode=loss_decode),
+    # without the map of 2 x 2 pixels, which costs time and adds nothing
+    neck=dict(out_strides=(4, 8, 16)),
+    decode_head=dict(
+        in_channels=[64] * 3,
+        in_index=[0, 1, 2],
+        channels=64,
+        dropout_ratio=0,
+        loss_decode=loss_decode,
+    ),
     auxiliary_head=dict(dropout_ratio=0, loss_decode=loss_decode),
 )
 
@@ -25,6 +33,10 @@ optim_wrapper = dict(
         betas=(0.9, 0.98),
         fused=True,
     ),
+    # decays nothing, but the optimizer has few groups instead of one for each
+    # parameter, and takes half the time
+    constructor='mmstabvim.LayerDecayOptimWrapperConstructor',
+    paramwise_cfg=dict(layer_decay_rate=1.0),
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = [
@@ -34,15 +46,15 @@ param_scheduler = [
         eta_min=3e-5,
         by_epoch=False,
         begin=200,
-        end=2200,
+        end=2000,
     ),
 ]
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=2200, val_interval=550)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2000, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
-default_hooks = dict(checkpoint=dict(interval=550))
+default_hooks = dict(checkpoint=dict(interval=500))
 
 # `--auto-scale-lr` scales the learning rate from this total batch size
 auto_scale_lr = dict(base_batch_size=8)
