@@ -10,7 +10,7 @@ notes = [
 metric = 'mIoU'
 more_metrics = ['aAcc', 'IoU/*']
 baseline = dict(start='scratch')
-seeds = [0]
+seeds = [0, 1]
 
 _config = '../transfer/{}_1xb4-1k{}_camvid-180x240.py'
 _init = 'model.backbone.init_cfg'
