@@ -37,6 +37,7 @@ _PUBLIC = {
     'StableRankHook': 'mmstabvim.engine',
     'VisionMamba': 'mmstabvim.models',
     'WeightSpectralNormHook': 'mmstabvim.engine',
+    'load_weights': 'mmstabvim.loading',
 }
 
 __all__ = ['__version__', *sorted(_PUBLIC)]

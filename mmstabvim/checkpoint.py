@@ -1,11 +1,12 @@
 """Read checkpoint files without running the code they may carry.
 
-A checkpoint is a pickle, and a pickle names functions to call. Here a file
-is first read with ``torch.load(weights_only=True)``. That refuses the log
-buffers, bound methods and argument lists which training tools put beside the
-weights, so such a file is read a second time with an unpickler that can
-rebuild tensors and plain containers and nothing else: every other name in
-the file becomes an inert :class:`Placeholder`.
+A safetensors file holds tensors only. Any other checkpoint is a pickle, and a
+pickle names functions to call. Here a file is first read with
+``torch.load(weights_only=True)``. That refuses the log buffers, bound methods
+and argument lists which training tools put beside the weights, so such a file
+is read a second time with an unpickler that can rebuild tensors and plain
+containers and nothing else: every other name in the file becomes an inert
+:class:`Placeholder`.
 """
 
 import builtins
@@ -20,6 +21,13 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+
+from mmstabvim.file_formats import (
+    describe_folder,
+    foreign_format,
+    is_safetensors,
+    read_safetensors,
+)
 
 _CODE_MODULES = frozenset([
     'os', 'posix', 'nt', 'sys', 'subprocess', '_posixsubprocess', 'pty',
@@ -214,6 +222,8 @@ def load_tensors(file: Any, map_location: Any = 'cpu') -> dict | torch.Tensor:
 
 def _load_in_two_steps(file: Any, map_location: Any) -> Any:
     """Load with ``weights_only``, then with the restricted unpickler."""
+    if is_safetensors(file):
+        return read_safetensors(file, map_location)
     try:
         return torch.load(file, map_location, weights_only=True)
     except pickle.UnpicklingError:
@@ -268,7 +278,11 @@ def _load_checked(load: Callable, file: Any, map_location: Any) -> Any:
     if not hasattr(file, 'read') and not os.path.isfile(file):
         raise FileNotFoundError(
             f'{_name(file)}: wanted a checkpoint file, got '
-            + ('a folder' if os.path.isdir(file) else 'no such file')
+            + (
+                describe_folder(file)
+                if os.path.isdir(file)
+                else 'no such file'
+            )
         )
     try:
         loaded = load(file, map_location)
@@ -288,7 +302,7 @@ def _load_checked(load: Callable, file: Any, map_location: Any) -> Any:
 
 def _check_sums(file: Any) -> None:
     """Compare the checksums in a zip archive; PyTorch does not for weights."""
-    if not zipfile.is_zipfile(file):
+    if is_safetensors(file) or not zipfile.is_zipfile(file):
         return
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip()
@@ -313,8 +327,13 @@ def _wrong_type(file: Any, loaded: Any) -> ValueError:
 
 def _unreadable(file: Any, error: Exception) -> ValueError:
     """Make the error for a file that is damaged or no checkpoint."""
+    foreign = foreign_format(file)
     if not hasattr(file, 'read') and os.path.getsize(file) == 0:
         got = 'got an empty file'
+    elif foreign is not None:
+        got = f'got {foreign}; this format is not read'
+    elif is_safetensors(file):
+        got = f'got a {error}'
     else:
         reason = (str(error).splitlines() or [''])[0]
         got = (
@@ -322,5 +341,6 @@ def _unreadable(file: Any, error: Exception) -> ValueError:
             f'of another format ({type(error).__name__}: {reason:.200})'
         )
     return ValueError(
-        f'{_name(file)}: wanted a checkpoint written by torch.save, {got}'
+        f'{_name(file)}: wanted a checkpoint written by torch.save, or '
+        f'safetensors, {got}'
     )

@@ -30,6 +30,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
+from mmstabvim import loading
 from mmstabvim.checkpoint import (
     load_checkpoint_tensors,
     load_everything,
@@ -52,6 +53,7 @@ def install() -> None:
     """Install every shim that acts by itself; more than once does no harm."""
     stub_mmcv_ext()
     load_checkpoints_safely()
+    loading.install()
     register_cpu_amp()
     add_config_package()
 

@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[1] / 'mmstabvim'
 LEVELS = {
     'version': 0,
     'checkpoint': 0,
+    'file_formats': 0,
+    'loading': 0,
     'registry': 0,
     'compat': 0,
     'ops': 1,

@@ -5,6 +5,7 @@ from argparse import Namespace
 import pytest
 import torch
 from converter_runs import converter, refusal, same
+from safetensors.torch import save_file
 
 from mmstabvim import VisionMamba
 from mmstabvim.models.vim_checkpoint import (
@@ -141,3 +142,15 @@ def test_nothing_is_overwritten_unasked(official, tmp_path, convert, capsys):
     before = source.read_bytes()
     assert 'pass --overwrite' in refusal(convert, capsys, source, source)
     assert source.read_bytes() == before
+
+
+def test_names_of_a_distributed_model(official, tmp_path, convert):
+    """``module.`` before the official names; also from safetensors."""
+    wrapped = {f'module.{k}': v.contiguous() for k, v in official.items()}
+    torch.save({'model': wrapped}, tmp_path / 'a.pth')
+    save_file(wrapped, tmp_path / 'a.safetensors')
+    for name in ('a.pth', 'a.safetensors'):
+        said = convert(tmp_path / name, tmp_path / f'{name}.new')
+        assert 'every weight was used' in said
+        new = torch.load(tmp_path / f'{name}.new', weights_only=True)
+        assert same(to_official(new['state_dict'])[0], official)

@@ -54,6 +54,7 @@ _IN_LAYER = {
 _LAYER = re.compile(r'(backbone\.)?layers\.(\d+)\.(.+)')
 _SCALE = re.compile(r'(neck|backbone)\.(fpn\d+\..+)')
 _HEADS = ('decode_head.', 'auxiliary_head.')
+_OFFICIAL = re.compile(r'layers\.\d+\.mixer\.A(_b)?_log$')
 _TWO_TOKENS = ('cls_token_head', 'cls_token_tail')
 
 
@@ -124,6 +125,28 @@ def to_official(
             unused.append(name)
     _check_complete(official, state)
     return official, unused
+
+
+def official_part(state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Find an official Vim in a state dict, without what precedes its names.
+
+    Args:
+        state (Mapping[str, Tensor]): Any weights; the names may begin with
+            ``module.`` or the like.
+
+    Returns:
+        dict[str, Tensor] | None: The official ``state_dict`` of a classifier
+        or segmentor; None if there is none.
+    """
+    match = next(filter(None, map(_OFFICIAL.search, state)), None)
+    if match is None:
+        return None
+    outer = match.string[: match.start()].removesuffix('backbone.')
+    return {
+        name.removeprefix(outer): tensor
+        for name, tensor in state.items()
+        if name.startswith(outer)
+    }
 
 
 def is_official_segmentor(state: Mapping[str, Tensor]) -> bool:

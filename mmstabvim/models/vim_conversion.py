@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmstabvim.models.vim_checkpoint import official_part
+
 
 def add_shared_arguments(
     parser: argparse.ArgumentParser, toolkit: str
@@ -52,7 +54,7 @@ def parse_shared(
 
 
 def pick_weights(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
-    """State dict under a key; a bare state dict is taken as it is.
+    """Find a state dict under a key; a bare one is taken as it is.
 
     Raises:
         ValueError: If there is none, or if it holds no tensors.
@@ -60,7 +62,7 @@ def pick_weights(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
     if key not in checkpoint and all(
         isinstance(value, Tensor) for value in checkpoint.values()
     ):
-        return checkpoint
+        return official_part(checkpoint) or checkpoint
     state = checkpoint.get(key)
     if not isinstance(state, dict):
         raise ValueError(f'must hold {key!r}, got the keys {[*checkpoint]}')
@@ -69,7 +71,7 @@ def pick_weights(checkpoint: dict[str, Any], key: str) -> dict[str, Tensor]:
     ]
     if strangers:
         raise ValueError(f'{strangers[:3]} in {key!r} are no tensors')
-    return state
+    return official_part(state) or state
 
 
 @contextmanager

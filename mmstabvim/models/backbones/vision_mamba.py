@@ -36,6 +36,7 @@ from mmstabvim.models.backbones.vision_mamba_arguments import (
 )
 from mmstabvim.models.backbones.vision_mamba_init import INIT_RECIPES
 from mmstabvim.models.backbones.vision_mamba_loading import (
+    convert_official,
     fit_checkpoint,
     token_layout,
 )
@@ -127,9 +128,8 @@ class VisionMamba(BaseModule):
             it. Defaults to False.
         checkpoint_cls_token (str): ``'middle'`` or ``'head'``: place of the
             class token in a checkpoint that has one, where the model has none
-            and the checkpoint does not tell. (A ``state_dict`` of this
-            project does, in its metadata, but ``init_cfg`` with a ``prefix``
-            leaves the metadata out.) Defaults to ``'middle'``.
+            and the checkpoint does not tell (one of this project does, in its
+            metadata). Defaults to ``'middle'``.
         init_cfg (dict, optional): mmengine's initialization, for example
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
 
@@ -394,6 +394,20 @@ class VisionMamba(BaseModule):
         if name.startswith('layers.'):
             return int(name.split('.')[1]) + 1, depths
         return depths - 1, depths
+
+    def convert_foreign_state(
+        self, state: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], list[str], list[str]] | None:
+        """Rename weights of the official Vim for :mod:`mmstabvim.loading`.
+
+        Args:
+            state (dict[str, Tensor]): Weights of any model.
+
+        Returns:
+            tuple | None: Weights named as in a classifier or segmentor with
+            this backbone, names not used, and notes; None for other weights.
+        """
+        return convert_official(self, state)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -6,6 +6,7 @@ another model is refused here.
 """
 
 import re
+from collections import OrderedDict
 from itertools import chain
 from typing import Any
 
@@ -17,8 +18,49 @@ from mmstabvim.layers.position_embedding import (
     resize_position_embedding,
     split_tokens,
 )
+from mmstabvim.models.vim_checkpoint import (
+    from_official,
+    from_official_segmentor,
+    is_official_segmentor,
+    official_part,
+)
 
 _BLOCK = re.compile(r'layers\.(\d+)\.')
+
+
+def convert_official(
+    model: Any, state: dict[str, Tensor]
+) -> tuple[OrderedDict[str, Tensor], list[str], list[str]] | None:
+    """Rename the weights of an official Vim, as published.
+
+    Args:
+        model (VisionMamba): The model that is about to load.
+        state (dict[str, Tensor]): Any weights.
+
+    Returns:
+        tuple | None: Weights of an ``ImageClassifier`` or an
+        ``EncoderDecoder``, the names not used, and notes for the user; None
+        if these are not official names.
+
+    Raises:
+        ValueError: If weights of a bidirectional Vim are missing.
+    """
+    inside = official_part(state)
+    if inside is None:
+        return None
+    dense = is_official_segmentor(inside)
+    convert = from_official_segmentor if dense else from_official
+    renamed, unused = convert(inside)
+    kind = 'segmentor' if dense else 'classifier'
+    notes = [f'official Vim {kind}, names converted']
+    tokens = renamed.get('backbone.cls_token')
+    if tokens is not None and tokens.shape[1] == 1:
+        place = _layout(model, 1, {})
+        notes.append(
+            f'class token taken to be at {place!r}, which the file does not '
+            "tell (published: 'middle')"
+        )
+    return renamed, unused, notes
 
 
 def token_layout(model: Any) -> dict[str, Any]:
