@@ -1,6 +1,8 @@
 # make demo      train a Vision Mamba on real handwritten digits
 # make demo-seg  train one to segment scenes composed of them
 # make test      run the tests
+# make test-latest  run a quarter of them with the newest versions that
+#                setup.py allows; STACK=onedl for the fork of OpenMMLab
 # make lint      check style and types
 #
 # Each first creates .venv with the tested versions (some minutes, 6 GB).
@@ -19,7 +21,18 @@ export OMP_NUM_THREADS ?= $(THREADS)
 DEMO := vim-nano-p4_1xb64-20e_digits
 DEMO_SEG := vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64
 
-.PHONY: help setup demo demo-seg test lint
+# what differs between versions: imports, operators, both toolkits, tools
+STACK ?= lite
+LATEST ?= .venv-latest-$(STACK)
+LATEST_TESTS := $(addprefix tests/,test_layering.py test_stack.py \
+    test_loading.py test_compat.py test_model_hub.py test_tools.py \
+    test_training.py test_segmentation_runs.py test_segmentation_inference.py \
+    test_models/test_hosts.py test_models/test_vim_parity.py \
+    test_engine/test_layer_decay.py test_ops/test_selective_scan.py \
+    test_ops/test_fused_scan.py test_ops/test_causal_conv1d.py \
+    test_ops/test_rms_norm.py test_ops/test_gated_merge.py)
+
+.PHONY: help setup demo demo-seg test test-latest lint
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -37,29 +50,38 @@ demo-seg: setup
 test: setup
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
+test-latest: $(LATEST)/.installed
+	$(LATEST)/bin/python -m pytest $(PYTEST_ARGS) $(LATEST_TESTS)
+
 lint: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy mmstabvim
 
-$(VENV)/.installed: setup.py requirements/tested.txt requirements/test.txt
+$(VENV)/.installed: requirements/tested.txt requirements/test.txt
+$(VENV)/.installed $(LATEST)/.installed: setup.py
 	@command -v $(PYTHON) > /dev/null || { \
-	    echo 'mmstabvim needs Python 3.10 to 3.12, and there is no' \
+	    echo 'mmstabvim needs Python 3.10 to 3.13, and there is no' \
 	    '"$(PYTHON)"' >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
-	    sys.exit(not (3, 10) <= v <= (3, 12))' || { \
-	    echo "mmstabvim needs Python 3.10 to 3.12, \"$(PYTHON)\" is" \
+	    sys.exit(not (3, 10) <= v <= (3, 13))' || { \
+	    echo "mmstabvim needs Python 3.10 to 3.13, \"$(PYTHON)\" is" \
 	    "$$($(PYTHON) --version 2>&1)." \
 	    'Name another one: make PYTHON=python3.11' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
 	    echo '"$(PYTHON)" cannot make virtual environments: install its' \
 	    'venv module (on Debian and Ubuntu: apt install python3-venv)' \
 	    >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(VENV_PYTHON) -m pip install -r requirements/test.txt
-	$(VENV_PYTHON) -m pip install --no-build-isolation \
-	    -c requirements/tested.txt -e .
+	$(PYTHON) -m venv $(@D)
+	$(INSTALL)
 	touch $@
+
+$(VENV)/.installed: INSTALL = \
+    $(VENV_PYTHON) -m pip install -r requirements/test.txt && \
+    $(VENV_PYTHON) -m pip install --no-build-isolation \
+        -c requirements/tested.txt -e .
+$(LATEST)/.installed: INSTALL = \
+    $(LATEST)/bin/python -m pip install -e '.[$(STACK),test]'
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 	$(VENV_PYTHON) -m pip install -r requirements/dev.txt

@@ -54,12 +54,48 @@ def read_version():
 
 
 def read_readme():
-    readme = ROOT / 'README.md'
-    return readme.read_text(encoding='utf-8') if readme.exists() else ''
+    """README with absolute links: an index shows it without the files."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    return re.sub(
+        r'(?<=\]\()(?!https?:|#|mailto:)([^)\s]+)(?=\))',
+        lambda match: f'{HOME}/blob/main/{match[1]}',
+        text,
+    )
 
 
-LITE = ['mmcv-lite>=2.0.0']
-TEST = ['pytest>=8', 'pytest-xdist>=3.5']
+HOME = 'https://github.com/mmstabvim/mmstabvim'
+
+# What figures, tables and logs need beside either form of OpenMMLab.
+TOOLS = ['rich>=13', 'tensorboard>=2.14']
+
+# The original OpenMMLab without mmcv: mmcv and mmcv-lite install the same
+# folder, so who has the full one must not get the light one on top.
+OPENMMLAB = [
+    *TOOLS,
+    'mmengine>=0.10.7,<1',
+    'mmpretrain>=1.2.0,<2',
+    'mmsegmentation>=1.2.2,<2',
+    'numpy<2.4',  # mmpretrain uses np.in1d, removed in 2.4
+    'scikit-learn>=1.4,<1.7',  # mmpretrain's vis_tsne
+    'matplotlib>=3.8,<3.11',  # mmpretrain's browse_dataset
+    'setuptools<82',  # mmengine 0.10 imports pkg_resources
+    'ftfy',  # mmseg imports it, and does not require it
+    'regex',  # so does mmseg
+]
+LITE = [*OPENMMLAB, 'mmcv-lite>=2.0.0,<2.2.0']  # mmseg 1.2 refuses 2.2
+# The maintained fork, under the same import names: never beside the original.
+ONEDL = [
+    *TOOLS,
+    'onedl-mmengine>=0.10.12',
+    'onedl-mmpretrain>=1.3.6',
+    'onedl-mmsegmentation>=1.4.2',
+    'scikit-learn>=1.4',
+    'matplotlib>=3.8',
+    'ftfy',
+    'regex',
+]
+TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'timm>=1.0']
+DEV = ['ruff>=0.12', 'mypy>=1.11', 'pre-commit>=3.5']
 
 setup(
     name='mmstabvim',
@@ -67,44 +103,48 @@ setup(
     description='Stabilized Vision Mamba for MMPretrain and MMSegmentation',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
+    author='The mmstabvim authors',
+    url=HOME,
+    project_urls={
+        'Documentation': f'{HOME}/tree/main/docs',
+        'Source': HOME,
+        'Changelog': f'{HOME}/blob/main/CHANGELOG.md',
+        'Issues': f'{HOME}/issues',
+    },
     license='Apache-2.0',
     license_files=['LICENSE'],
     keywords='computer vision, state-space model, Vision Mamba, OpenMMLab',
     classifiers=[
         'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
         'Operating System :: POSIX :: Linux',
+        'Programming Language :: C++',
         'Programming Language :: Python :: 3',
         'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
         'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
     ],
     packages=find_packages(include=['mmstabvim', 'mmstabvim.*']),
-    include_package_data=True,  # what MANIFEST.in names: fused.cpp
+    include_package_data=True,  # what MANIFEST.in names
     cmdclass={'build_py': BuildWithMim},
     zip_safe=False,
-    python_requires='>=3.10,<3.13',
-    # Neither mmcv nor mmcv-lite: both install the folder `mmcv`, so a user
-    # of the full one must not get the light one on top (extra `lite`).
+    python_requires='>=3.10,<3.14',
     install_requires=[
         'torch>=2.4',
         'torchvision>=0.19',
-        'mmengine>=0.10.7,<1',
-        'mmpretrain>=1.2.0,<2',
-        'mmsegmentation>=1.2.2,<2',
-        'numpy>=1.26,<2.4',  # mmpretrain uses np.in1d, removed in 2.4
+        'numpy>=1.26',
         'scipy>=1.11',
-        'scikit-learn>=1.4',
-        'matplotlib>=3.8,<3.11',  # mmpretrain's browse_dataset
-        'setuptools<82',  # mmengine 0.10 imports pkg_resources
-        'rich>=13',  # progress bars and tables
-        'tensorboard>=2.14',
-        'ftfy',  # mmseg imports it, and does not require it
-        'regex',  # so does mmseg
+        'safetensors>=0.4',
+        'packaging>=21',
     ],
     extras_require={
         'lite': LITE,
-        'test': LITE + TEST,
-        'dev': [*LITE, *TEST, 'ruff>=0.12', 'mypy>=1.11', 'pre-commit>=3.5'],
+        'openmmlab': OPENMMLAB,
+        'onedl': ONEDL,
+        'test': TEST,
+        'dev': [*TEST, *DEV],
     },
 )

@@ -1,14 +1,17 @@
 """Stabilized Vision Mamba for OpenMMLab.
 
 Importing the package installs the compatibility shims of
-:mod:`mmstabvim.compat` and nothing heavy: every public name is loaded on
-first use.
+:mod:`mmstabvim.compat` where MMEngine is installed, and nothing heavy: every
+public name is loaded on first use. With PyTorch alone ``mmstabvim.ops``,
+``.layers`` and ``.stability`` can be used.
 """
 
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from mmstabvim import compat
+from mmstabvim import stack
 from mmstabvim.version import __version__
 
 _PUBLIC = {
@@ -42,7 +45,10 @@ _PUBLIC = {
 
 __all__ = ['__version__', *sorted(_PUBLIC)]
 
-compat.install()
+if find_spec('mmengine') is not None:
+    import_module('mmstabvim.compat').install()
+else:
+    stack.before_import('mmengine', partial(stack.check, 'mmengine'))
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, NoReturn
@@ -30,7 +31,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
-from mmstabvim import loading
+from mmstabvim import loading, model_hub, stack
 from mmstabvim.checkpoint import (
     load_checkpoint_tensors,
     load_everything,
@@ -50,12 +51,21 @@ __all__ = [
 
 
 def install() -> None:
-    """Install every shim that acts by itself; more than once does no harm."""
+    """Install every shim that acts by itself; more than once does no harm.
+
+    Raises:
+        ImportError: If both forms of OpenMMLab are installed.
+    """
+    stack.check('mmengine')
     stub_mmcv_ext()
     load_checkpoints_safely()
     loading.install()
     register_cpu_amp()
     add_config_package()
+    model_hub.serve_hub()
+    stack.after_import('mmpretrain.apis.model', model_hub.register_models)
+    for package in ('mmpretrain', 'mmseg'):
+        stack.before_import(package, partial(stack.check, package))
 
 
 # --- mmcv-lite --------------------------------------------------------------

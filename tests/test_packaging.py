@@ -13,6 +13,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from mmstabvim import stack
 
 ROOT = Path(__file__).resolve().parents[1]
 MIM_CONFIG = 'mmstabvim::vim/vim-tiny-p16_8xb128_in1k.py'
@@ -37,6 +40,7 @@ def source(tmp_path_factory):
     """A copy of the tree, as building writes into it."""
     root = tmp_path_factory.mktemp('source')
     files = ['setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE']
+    files += ['README.md', 'CHANGELOG.md']
     for name in [*files, 'model-index.yml']:
         shutil.copy2(ROOT / name, root)
     ignore = shutil.ignore_patterns('__pycache__', '.mim', 'build')
@@ -120,6 +124,43 @@ def test_installed_tools_start(installed, tmp_path):
     assert '--cfg-options' in out
 
 
+def test_source_distribution_installs_and_works(source, tmp_path):
+    """As from an index: archive, wheel of it, a model that computes."""
+    tree = tmp_path / 'tree'
+    shutil.copytree(source, tree)
+    python('setup.py', '-q', 'sdist', '-d', tmp_path, cwd=tree)
+    (archive,) = tmp_path.glob('*.tar.gz')
+    python('-m', 'tarfile', '-e', archive, tmp_path / 'out', cwd=tmp_path)
+    (unpacked,) = (tmp_path / 'out').iterdir()
+    python('setup.py', '-q', 'bdist_wheel', '-d', tmp_path, cwd=unpacked)
+    (wheel,) = tmp_path.glob('*.whl')
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(wheel) as zipped:
+        zipped.extractall(site)
+    code = (
+        'import mmstabvim, torch\n'
+        f'assert mmstabvim.__file__.startswith({str(site)!r})\n'
+        'model = mmstabvim.VisionMamba(dict(embed_dims=8, num_layers=1))\n'
+        'print(*model(torch.ones(1, 3, 32, 32))[0].shape)\n'
+    )
+    out = python('-c', code, cwd=tmp_path, PYTHONPATH=str(site))
+    assert out.splitlines()[-1] == '1 8'
+    assert (site / 'mmstabvim/ops/selective_scan/fused.cpp').is_file()
+
+
+def test_metadata_are_fit_for_an_index(metadata):
+    """Without the files beside it, a relative link leads nowhere."""
+    text = metadata.get_payload()
+    links = re.findall(r'\]\(([^)\s]+)\)', text)
+    assert links
+    assert not [x for x in links if not x.startswith(('https://', '#'))]
+    for name in ('Author', 'License-Expression', 'Summary'):
+        assert metadata[name] or metadata['License'], name
+    urls = metadata.get_all('Project-URL')
+    assert {u.split(',')[0] for u in urls} >= {'Source', 'Documentation'}
+    assert metadata['Description-Content-Type'] == 'text/markdown'
+
+
 def test_editable_install_links(source, tmp_path):
     """Links, so that edits take effect."""
     tree = tmp_path / 'tree'
@@ -141,8 +182,8 @@ def version():
 def test_version_and_pythons(metadata):
     assert metadata['Version'] == version()
     wanted = SpecifierSet(metadata['Requires-Python'])
-    pythons = [f'3.{minor}.0' for minor in range(9, 14)]
-    assert list(wanted.filter(pythons)) == pythons[1:4]
+    pythons = [f'3.{minor}.0' for minor in range(9, 15)]
+    assert list(wanted.filter(pythons)) == pythons[1:5]
 
 
 def required(metadata, extra=''):
@@ -155,11 +196,39 @@ def required(metadata, extra=''):
     }
 
 
-def test_mmcv_is_the_users_choice(metadata):
-    """mmcv and mmcv-lite install the same folder: require neither."""
-    assert not {'mmcv', 'mmcv-lite'} & required(metadata).keys()
-    for extra in ('lite', 'test', 'dev'):
-        assert 'mmcv-lite' in required(metadata, extra)
+def test_openmmlab_is_the_users_choice(metadata):
+    """Packages that install the same folder: nobody gets two of them."""
+    folders = {n for names in stack.DISTRIBUTIONS.values() for n in names}
+    for extra in ('', 'test', 'dev'):
+        assert not folders & required(metadata, extra).keys()
+    for names in stack.DISTRIBUTIONS.values():
+        for extra in ('lite', 'openmmlab', 'onedl'):
+            both = required(metadata, extra).keys() & set(names)
+            assert len(both) <= 1, f'{both} in {extra}'
+    assert 'mmcv-lite' in required(metadata, 'lite')
+    assert not {'mmcv', 'mmcv-lite'} & required(metadata, 'openmmlab').keys()
+    assert 'onedl-mmengine' in required(metadata, 'onedl')
+
+
+KNOWN = {
+    'mmcv': ['2.0.0', '2.0.1', '2.1.0', '2.2.0', '2.3.6', '2.4.0'],
+    'mmengine': ['0.4.0', '0.8.3', '0.10.7', '0.11.0', '1.0.0', '1.1.0'],
+}
+
+
+@pytest.mark.parametrize('package', KNOWN)
+@pytest.mark.parametrize('toolkit', ['mmpretrain', 'mmseg'])
+def test_ranges_suit_what_the_toolkits_assert(metadata, toolkit, package):
+    """Whatever version pip picks, the toolkit does not refuse it."""
+    if any(name.startswith('onedl') for name in stack.installed(toolkit)):
+        pytest.skip('the fork asserts its own')
+    low, high = stack.accepted_versions(toolkit, package)
+    declared = required(metadata, 'lite')
+    name = next(n for n in declared if n in stack.DISTRIBUTIONS[package])
+    allowed = list(declared[name].filter(KNOWN[package]))
+    assert allowed
+    for version in allowed:
+        assert Version(low) <= Version(version) < Version(high)
 
 
 def pins(name, python_version):
@@ -182,10 +251,11 @@ def pins(name, python_version):
     return pinned
 
 
-@pytest.mark.parametrize('python_version', ['3.10', '3.11', '3.12'])
+@pytest.mark.parametrize('python_version', ['3.10', '3.11', '3.12', '3.13'])
 def test_tested_versions_satisfy_the_ranges(metadata, python_version):
     pinned = pins('dev.txt', python_version)
-    for name, allowed in required(metadata, 'test').items():
+    wanted = required(metadata, 'lite') | required(metadata, 'test')
+    for name, allowed in wanted.items():
         assert pinned[name] in allowed, f'{name} {pinned[name]} {allowed}'
 
 
@@ -216,11 +286,11 @@ def fake(path, script):
     return path
 
 
-# runs what it is given as if it were Python 3.13
+# runs what it is given as if it were Python 3.14
 OTHER_PYTHON = f"""
-test "$1" = --version && echo 'Python 3.13.1' && exit
+test "$1" = --version && echo 'Python 3.14.1' && exit
 exec {sys.executable} -c 'import sys
-sys.version_info = (3, 13, 1, "final", 0)
+sys.version_info = (3, 14, 1, "final", 0)
 exec(sys.argv[1])' "$2"
 """
 NO_VENV = 'case "$2" in *ensurepip*) exit 1;; esac'
@@ -228,7 +298,7 @@ NO_VENV = 'case "$2" in *ensurepip*) exit 1;; esac'
 
 @pytest.mark.parametrize(
     ('script', 'message'),
-    [(OTHER_PYTHON, 'is Python 3.13.1'), (NO_VENV, 'python3-venv')],
+    [(OTHER_PYTHON, 'is Python 3.14.1'), (NO_VENV, 'python3-venv')],
     ids=['version', 'venv'],
 )
 def test_make_explains_an_unfit_python(tmp_path, script, message):

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
+
+from mmstabvim.log import print_log
 
 ENVIRONMENT_VARIABLE = 'MMSTABVIM_BACKEND'
 
@@ -52,7 +53,6 @@ def _warn_without_triton() -> None:
     print_log(
         'triton is not installed: convolution, gate and norm are plain '
         'PyTorch operations on the GPU',
-        logger='current',
         level=logging.WARNING,
     )
 

@@ -8,7 +8,6 @@ same function with PyTorch.
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -18,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from mmengine.logging import print_log
+
+from mmstabvim.log import print_log
 
 ENVIRONMENT_VARIABLE = 'MMSTABVIM_FUSED'
 COMPILERS = ('g++', 'clang++', 'c++')
@@ -71,8 +71,6 @@ def load(source: Path, what: str) -> ctypes.CDLL | None:
         print_log(
             f'{what} runs without its fused C++ path: '
             + ' '.join(str(error).split())[:300],
-            logger='current',
-            level=logging.INFO,
         )
         return None
 

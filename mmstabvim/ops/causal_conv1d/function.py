@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.analysis import complexity_analysis
-from mmengine.analysis.jit_handles import generic_activation_jit
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmstabvim.ops.backend import deferred, use_triton
 from mmstabvim.ops.causal_conv1d import fused
+from mmstabvim.ops.flops import teach_mmengine
 
 _TRITON = 'mmstabvim.ops.causal_conv1d.triton'
 # no list of bool: mmengine's complexity analysis traces, and cannot trace one
@@ -116,12 +115,7 @@ def _mmengine_formula(inputs: list[Any], outputs: list[Any]) -> int:
     return conv_flops(x_shape, weight_shape) // 2
 
 
-# MMEngine offers no public way to teach get_model_complexity_info an operator
-_NAME = 'mmstabvim::causal_conv1d'
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS[_NAME] = _mmengine_formula
-complexity_analysis._DEFAULT_SUPPORTED_ACT_OPS[_NAME] = generic_activation_jit(
-    'conv'
-)
+teach_mmengine('mmstabvim::causal_conv1d', _mmengine_formula, 'conv')
 
 
 def supports_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

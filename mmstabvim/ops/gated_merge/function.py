@@ -8,11 +8,11 @@ elementwise operations do in PyTorch's and MMEngine's counters.
 from typing import Any
 
 import torch
-from mmengine.analysis import complexity_analysis
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmstabvim.ops.backend import deferred, use_triton
+from mmstabvim.ops.flops import teach_mmengine
 
 _MODULE = 'mmstabvim.ops.gated_merge.triton'
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,9 +66,7 @@ def _formula(*args: Any, **kwargs: Any) -> int:
     return 0
 
 
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['mmstabvim::gated_merge'] = (
-    _formula
-)
+teach_mmengine('mmstabvim::gated_merge', _formula)
 
 
 def supports_triton(y: Tensor, z: Tensor) -> bool:

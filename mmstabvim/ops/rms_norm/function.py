@@ -8,11 +8,11 @@ PyTorch's own ``rms_norm`` does in its and in MMEngine's counters.
 from typing import Any
 
 import torch
-from mmengine.analysis import complexity_analysis
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mmstabvim.ops.backend import deferred, use_triton
+from mmstabvim.ops.flops import teach_mmengine
 
 MAX_DIM = 8192
 """Channels that a program can hold: a token is read once."""
@@ -112,9 +112,7 @@ def _formula(*args: Any, **kwargs: Any) -> int:
     return 0
 
 
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['mmstabvim::add_rms_norm'] = (
-    _formula
-)
+teach_mmengine('mmstabvim::add_rms_norm', _formula)
 
 
 def supports_triton(

@@ -6,14 +6,15 @@ only, ``triton`` that in kernels for a GPU. README.md beside this file derives
 the backward pass.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.logging import print_log
 from torch import Tensor
 
+from mmstabvim.log import print_log
 from mmstabvim.ops.backend import ENVIRONMENT_VARIABLE, has_triton
 from mmstabvim.ops.selective_scan.discretization import B_DISCS
 from mmstabvim.ops.selective_scan.function import scan_op, scan_triton_op
@@ -399,6 +400,5 @@ def _announce(backend: str, device_type: str) -> None:
     print_log(
         f'selective_scan uses the {backend!r} backend on {device_type}'
         + (': plain PyTorch operations, slow on a GPU' if slow else ''),
-        logger='current',
-        level=30 if slow else 20,
+        level=logging.WARNING if slow else logging.INFO,
     )

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.analysis import complexity_analysis
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mmstabvim.ops.flops import teach_mmengine
 from mmstabvim.ops.selective_scan.inputs import ScanInputs
 
 _INPUTS = (
@@ -190,13 +190,8 @@ def _mmengine_formula(inputs: list[Any], outputs: list[Any]) -> int:
     return scan_flops(tuple(u.sizes()), tuple(A.sizes()), complex_a) // 2
 
 
-# MMEngine offers no public way to teach get_model_complexity_info an operator
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
-    {
-        'mmstabvim::selective_scan': _mmengine_formula,
-        'mmstabvim::selective_scan_triton': _mmengine_formula,
-    }
-)
+for _name in ('selective_scan', 'selective_scan_triton'):
+    teach_mmengine(f'mmstabvim::{_name}', _mmengine_formula)
 
 
 def _scan_op(scan: Any, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
