@@ -44,7 +44,7 @@ def test_number_of_parameters(name):
     with torch.device('meta'):
         model = mmpretrain.get_model(name)
     count = sum(p.numel() for p in model.parameters())
-    assert count == ModelHub.get(name).parameters
+    assert count == ModelHub.get(name).metadata.parameters
 
 
 def test_weights_of_a_local_official_file(tmp_path):
