@@ -18,6 +18,7 @@ _PUBLIC = {
     'CamVidDataset': 'mmstabvim.datasets',
     'CheckSegMap': 'mmstabvim.datasets',
     'ClassIoUMetric': 'mmstabvim.evaluation',
+    'ClassificationDataCheckHook': 'mmstabvim.engine',
     'DigitScenes': 'mmstabvim.datasets',
     'Digits': 'mmstabvim.datasets',
     'DivergenceHook': 'mmstabvim.engine',

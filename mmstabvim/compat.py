@@ -44,6 +44,7 @@ __all__ = [
     'install',
     'load_checkpoint_tensors',
     'load_checkpoints_safely',
+    'name_unreadable_files',
     'prepare_cpu_distributed',
     'register_cpu_amp',
     'stub_mmcv_ext',
@@ -64,6 +65,7 @@ def install() -> None:
     add_config_package()
     model_hub.serve_hub()
     stack.after_import('mmpretrain.apis.model', model_hub.register_models)
+    stack.after_import('mmcv.transforms.base', name_unreadable_files)
     for package in ('mmpretrain', 'mmseg'):
         stack.before_import(package, partial(stack.check, package))
 
@@ -244,6 +246,46 @@ def register_cpu_amp() -> None:
         OPTIM_WRAPPERS.register_module(
             name='AmpOptimWrapper', module=CPUAmpOptimWrapper, force=True
         )
+
+
+# --- unreadable files --------------------------------------------------------
+
+
+def name_unreadable_files(base: ModuleType) -> None:
+    """Let an error of a loading transform name the file.
+
+    OpenCV and Pillow do not, mmcv passes their errors on. Ends when mmcv's
+    ``LoadImageFromFile`` and ``LoadAnnotations`` name the file themselves.
+
+    Args:
+        base (ModuleType): ``mmcv.transforms.base``.
+    """
+    call = base.BaseTransform.__call__
+    if not hasattr(call, '__wrapped__'):
+        base.BaseTransform.__call__ = _with_file_name(call)
+
+
+def _with_file_name(call: Callable) -> Callable:
+    """Wrap a transform's ``__call__``."""
+
+    @functools.wraps(call)
+    def wrapped(self: Any, results: Any) -> Any:
+        try:
+            return call(self, results)
+        except Exception as error:
+            name = type(self).__name__
+            if not name.startswith('Load') or not isinstance(results, dict):
+                raise
+            masks = 'Annotation' in name and results.get('seg_map_path')
+            path = masks or results.get('img_path')
+            if not path or str(path) in str(error):
+                raise
+            raise ValueError(
+                f'{path} cannot be read by {name}, it may be damaged or '
+                f'incomplete ({type(error).__name__}: {error})'
+            ) from error
+
+    return wrapped
 
 
 # --- distributed training on a CPU ------------------------------------------

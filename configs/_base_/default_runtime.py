@@ -10,6 +10,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='VisualizationHook', enable=False),
     random_state=dict(type='mmstabvim.RandomStateHook'),
+    data_check=dict(type='mmstabvim.ClassificationDataCheckHook'),
     stability=dict(type='mmstabvim.StabilityMonitorHook', interval=100),
     divergence=dict(type='mmstabvim.DivergenceHook'),
 )

@@ -1,6 +1,7 @@
 """Registered hooks and what the command-line tools share."""
 
 from mmstabvim.engine.hooks import (
+    ClassificationDataCheckHook,
     DivergenceHook,
     EigenvalueClampingHook,
     ModelForMetricsHook,
@@ -15,6 +16,7 @@ from mmstabvim.engine.hooks import (
 from mmstabvim.engine.optimizers import LayerDecayOptimWrapperConstructor
 
 __all__ = [
+    'ClassificationDataCheckHook',
     'DivergenceHook',
     'EigenvalueClampingHook',
     'LayerDecayOptimWrapperConstructor',

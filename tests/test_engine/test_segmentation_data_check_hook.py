@@ -1,6 +1,7 @@
 """What the check of segmentation data refuses, and what it lets pass."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from mmstabvim import DigitScenes, SegmentationDataCheckHook
+from mmstabvim.engine.data_files import spaced
 
 PIPELINE = [
     dict(type='LoadImageFromFile'),
@@ -107,8 +109,8 @@ def test_good_data_pass_and_are_told(good, caplog):
     with caplog.at_level(logging.INFO):
         check(dataset(good), samples=3, val=dataset(good))
     assert [record.getMessage() for record in caplog.records] == [
-        f'{purpose} data (BaseSegDataset): 5 images; size and labels of 3 '
-        'masks fit'
+        f'{purpose} data (BaseSegDataset): 5 images; size of 3 masks and '
+        'labels of 3 fit'
         for purpose in ('training', 'validation')
     ]
 
@@ -300,6 +302,67 @@ def test_broken_file(good, kind):
         check(dataset(good))
 
 
+@pytest.mark.parametrize('kind', ['img', 'ann'])
+def test_truncated_file(good, kind):
+    """The header is whole: only the end is missing."""
+    Image.new('L', (6, 4)).save(good / f'{kind}/c.png')
+    whole = (good / f'{kind}/c.png').read_bytes()
+    (good / f'{kind}/c.png').write_bytes(whole[:-12])
+    suffixes = dict(img_suffix='.png') if kind == 'img' else {}
+    if kind == 'img':
+        for path in (good / 'img').glob('*.jpg'):
+            Image.open(path).save(path.with_suffix('.png'))
+        (good / 'img/c.png').write_bytes(whole[:-12])
+    with pytest.raises(ValueError, match=rf'{kind}/c\.png is truncated'):
+        check(dataset(good, **suffixes))
+
+
+def test_labels_are_decoded_of_few_masks_only(good):
+    """Of the others no more than header and end are read."""
+    for i in range(20):
+        write(good, f'x{i:02}', [0])
+        path = good / f'ann/x{i:02}.png'
+        whole = path.read_bytes()
+        at = whole.index(b'IDAT') + 4
+        damaged = whole[:at] + b'\0' * 8 + whole[at + 8 :]
+        if i % 3:
+            path.write_bytes(damaged)
+    seen = [info['seg_map_path'] for info in spaced(dataset(good), 8)]
+    for path in seen:
+        Image.new('L', (6, 4)).save(path)
+    check(dataset(good))
+    Path(seen[3]).write_bytes(damaged)
+    with pytest.raises(ValueError, match=r'png cannot be decoded'):
+        check(dataset(good))
+
+
+class BinaryHead(Head):
+    def __init__(self, num_classes, out_channels, use_sigmoid):
+        super().__init__(num_classes)
+        self.out_channels = out_channels
+        self.loss_decode = nn.Identity()
+        self.loss_decode.use_sigmoid = use_sigmoid
+
+
+def binary(root, head):
+    metainfo = dict(classes=('road', 'tree'))
+    check(dataset(root, metainfo=metainfo), model=Model(head))
+
+
+def test_both_forms_of_binary_segmentation(good):
+    for name in 'abcde':
+        write(good, name, [0, 1, 255])
+    binary(good, BinaryHead(2, 1, True))
+    binary(good, BinaryHead(1, 1, True))
+    binary(good, BinaryHead(2, 2, False))
+    for head in (BinaryHead(1, 1, False), BinaryHead(3, 3, False)):
+        with pytest.raises(ValueError, match='num_classes=2, out_channels=1'):
+            binary(good, head)
+    write(good, 'c', [0, 2])
+    with pytest.raises(ValueError, match=r'become 0 to 1 or 255.*\[2\]'):
+        binary(good, BinaryHead(1, 1, True))
+
+
 def test_images_without_masks(good):
     """All images are looked at, whatever the number of samples."""
     for name in 'bd':
@@ -381,7 +444,7 @@ def test_scenes_that_are_no_files(caplog):
     data = DigitScenes('test', num_samples=5, pipeline=PIPELINE)
     with caplog.at_level(logging.INFO):
         check(data, model=Model(Head(11)))
-    assert 'size and labels of 5 masks fit' in caplog.text
+    assert 'size of 5 masks and labels of 5 fit' in caplog.text
     with pytest.raises(ValueError, match='must be 11'):
         check(data)
 

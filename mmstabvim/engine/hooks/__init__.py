@@ -1,5 +1,8 @@
 """Registered hooks."""
 
+from mmstabvim.engine.hooks.classification_data_check_hook import (
+    ClassificationDataCheckHook,
+)
 from mmstabvim.engine.hooks.divergence_hook import DivergenceHook
 from mmstabvim.engine.hooks.eigenvalue_clamping_hook import (
     EigenvalueClampingHook,
@@ -20,6 +23,7 @@ from mmstabvim.engine.hooks.weight_spectral_norm_hook import (
 )
 
 __all__ = [
+    'ClassificationDataCheckHook',
     'DivergenceHook',
     'EigenvalueClampingHook',
     'ModelForMetricsHook',

@@ -53,10 +53,11 @@ class RandomStateHook(Hook):
         if loaded is None or runner.iter == 0:  # not resumed
             return
         loop = runner.train_loop
-        if hasattr(loop, 'dataloader_iterator'):
-            # an iteration-based loop fetches and drops the batches that were
-            # trained on, without a hook between them and the next
-            loop.dataloader_iterator = _restore_after(
+        skips = not getattr(loop, 'fast_forward_on_resume', False)
+        if skips and hasattr(loop, 'dataloader_iterator'):
+            # an iteration-based loop skips the batches that were trained on,
+            # without a hook between them and the next
+            loop.dataloader_iterator = _RestoreAfter(
                 loop.dataloader_iterator, runner.iter, loaded
             )
         else:
@@ -109,11 +110,35 @@ def _restore(state: dict[str, Any]) -> None:
         torch.manual_seed(seed)
 
 
-def _restore_after(
-    batches: Iterator[Any], count: int, state: dict[str, Any]
-) -> Iterator[Any]:
-    """Yield the batches, restoring the state before batch ``count``."""
-    for _ in range(count):
-        yield next(batches)
-    _restore(state)
-    yield from batches
+class _RestoreAfter:
+    """Batches of a training loop, restoring the state before one of them.
+
+    Args:
+        batches (Iterator): The loop's own.
+        count (int): Number of batches before the state is restored.
+        state (dict): As of :func:`get_random_state`.
+    """
+
+    def __init__(
+        self, batches: Iterator[Any], count: int, state: dict[str, Any]
+    ) -> None:
+        self._batches, self._left, self._state = batches, count, state
+
+    def __iter__(self) -> Iterator[Any]:
+        """Return itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """Give the next batch, after the restoration where it is due."""
+        if self._left == 0:
+            _restore(self._state)
+        self._left -= 1
+        return next(self._batches)
+
+    def skip_iter(self, count: int) -> None:
+        """Skip batches without loading them: OneDL's loop asks for it."""
+        batches: Any = self._batches
+        batches.skip_iter(count)
+        self._left -= count
+        # else made by the next batch, and its seed drawn after the restoration
+        batches._ensure_iterator()

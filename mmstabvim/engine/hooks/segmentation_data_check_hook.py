@@ -1,19 +1,23 @@
 """Check images, masks and classes before a segmentation run starts."""
 
-import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import mmengine.fileio as fileio
 import numpy as np
 import torch
-from mmengine.fileio import LocalBackend
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
+from mmstabvim.engine.data_files import (
+    bare_model,
+    exists,
+    folders,
+    leaves,
+    open_image,
+    spaced,
+)
 from mmstabvim.engine.segmentor_check import check_segmentor
 from mmstabvim.registry import HOOKS
 
@@ -21,6 +25,9 @@ EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # heads that learn something else than the classes of the dataset
 OTHER_TARGETS = ('STDCHead',)
+DECODED = 8
+"""Masks of each dataset that are decoded: a mistake in the labels is mostly
+one of the whole data set, and decoding costs a hundred times the header."""
 
 
 @HOOKS.register_module()
@@ -33,8 +40,9 @@ class SegmentationDataCheckHook(Hook):
     - there is an image, and each head's ``num_classes`` (that of auxiliary
       heads too) is the number of the dataset's classes;
     - each image has a mask, where files are on a local disk;
-    - of up to ``samples`` evenly spaced images: the mask has one channel and
-      the size of its image, and its labels are classes or ignored once
+    - of up to ``samples`` evenly spaced images: image and mask can be read,
+      and the mask has one channel and the size of its image;
+    - of eight of these masks: the labels are classes or ignored once
       ``reduce_zero_label`` and ``label_map`` are applied;
     - if some are ignored in training, no head has a cross-entropy with
       ``class_weight``, which MMSegmentation cannot compute there.
@@ -43,7 +51,9 @@ class SegmentationDataCheckHook(Hook):
     suit the neck and the heads.
 
     Where a pipeline has no ``LoadAnnotations`` no masks are needed, and only
-    the first half sentence is checked. Of an image only the header is read.
+    the first half sentence is checked. Of the other files only the header is
+    read. Two classes may have a head with ``num_classes=2, out_channels=1``
+    or with ``num_classes=1``, if its losses have ``use_sigmoid``.
     Every process checks by itself, so that all of them stop.
 
     Args:
@@ -84,11 +94,11 @@ class SegmentationDataCheckHook(Hook):
     def _check(self, runner: Runner, purpose: str, dataset: Any) -> None:
         """Check a dataset or those that it wraps."""
         heads = dict(_heads(runner.model))
-        for leaf in _leaves(dataset):
+        for leaf in leaves(dataset):
             name = f'{purpose} data ({type(leaf).__name__})'
             if not len(leaf):
                 raise ValueError(
-                    f'{name}: wanted images, got none in {_folders(leaf)}'
+                    f'{name}: wanted images, got none in {folders(leaf)}'
                 )
             if _reads_masks(leaf.pipeline):
                 trains = purpose == 'training'
@@ -103,27 +113,29 @@ class SegmentationDataCheckHook(Hook):
         """Check classes, files and some pixels; say what was looked at."""
         num_classes = len(dataset.metainfo.get('classes') or ())
         if num_classes:
-            _check_num_classes(name, num_classes, heads)
+            for path, head in heads.items():
+                num_classes = _check_head(name, num_classes, path, head)
         _check_files(name, dataset)
         ignored = {getattr(h, 'ignore_index', 255) for h in heads.values()}
         ignored = ignored or {getattr(dataset, 'ignore_index', 255)}
-        count = min(self.samples, len(dataset))
-        for number in range(count):
-            info = dataset.get_data_info(number * len(dataset) // count)
+        for info in spaced(dataset, self.samples):
+            _open_mask(name, dataset, info)
+        decoded = min(self.samples, DECODED) if num_classes else 0
+        for info in spaced(dataset, decoded):
             mask = _read_mask(name, dataset, info)
-            if num_classes:
-                used = _check_labels(name, info, mask, num_classes, ignored)
-                if trains and not used.isdisjoint(ignored):
-                    _check_losses(name, info, heads)
-        return f'size and labels of {count} masks fit'
+            used = _check_labels(name, info, mask, num_classes, ignored)
+            if trains and not used.isdisjoint(ignored):
+                _check_losses(name, info, heads)
+        count = min(self.samples, len(dataset))
+        return (
+            f'size of {count} masks and labels of '
+            f'{min(decoded, len(dataset))} fit'
+        )
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Heads that learn the dataset's classes, of a model in any wrapper."""
-    inner = getattr(model, 'module', None)
-    if not hasattr(model, 'decode_head') and isinstance(inner, nn.Module):
-        yield from _heads(inner)
-        return
+    model = bare_model(model, 'decode_head')
     for name in ('decode_head', 'auxiliary_head'):
         head = getattr(model, name, None)
         heads = {name: head}
@@ -133,17 +145,6 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
             own = type(part).__name__ in OTHER_TARGETS
             if hasattr(part, 'num_classes') and not own:
                 yield path, part
-
-
-def _leaves(dataset: Any) -> Iterator[Any]:
-    """Datasets inside of wrappers that join, repeat or mix."""
-    inner = getattr(dataset, 'datasets', None)
-    if inner is None and hasattr(dataset, 'dataset'):
-        inner = [dataset.dataset]
-    if inner is None:
-        yield dataset
-    for part in inner or ():
-        yield from _leaves(part)
 
 
 def _reads_masks(node: Any) -> bool:
@@ -159,16 +160,38 @@ def _reads_masks(node: Any) -> bool:
     return any(_reads_masks(getattr(node, name, ())) for name in children)
 
 
-def _check_num_classes(
-    name: str, num_classes: int, heads: dict[str, Any]
-) -> None:
-    """Raise ValueError where a head has another number of classes."""
-    for path, head in heads.items():
-        if head.num_classes != num_classes:
-            raise ValueError(
-                f'model.{path}.num_classes must be {num_classes}, the number '
-                f'of classes of the {name}, got {head.num_classes}'
-            )
+def _check_head(name: str, num_classes: int, path: str, head: Any) -> int:
+    """Raise ValueError where a head has another number of classes.
+
+    Returns:
+        int: Number of classes in the masks.
+    """
+    if _is_binary(head) and num_classes in (1, 2):
+        return 2
+    if head.num_classes == num_classes:
+        return num_classes
+    binary = (
+        '; for two classes a sigmoid needs num_classes=2, out_channels=1 (or '
+        'num_classes=1) and use_sigmoid=True in every loss_decode'
+    )
+    raise ValueError(
+        f'model.{path}.num_classes must be {num_classes}, the number of '
+        f'classes of the {name}, got {head.num_classes}'
+        + (binary if num_classes == 2 or head.num_classes == 1 else '')
+    )
+
+
+def _is_binary(head: Any) -> bool:
+    """Tell a head with one sigmoid for background and foreground."""
+    if getattr(head, 'out_channels', 0) != 1 or head.num_classes > 2:
+        return False
+    return all(getattr(loss, 'use_sigmoid', True) for loss in _losses(head))
+
+
+def _losses(head: Any) -> list[Any]:
+    """List the losses of a head."""
+    losses: Any = getattr(head, 'loss_decode', None)
+    return list(losses) if isinstance(losses, nn.ModuleList) else [losses]
 
 
 def _check_files(name: str, dataset: Any) -> None:
@@ -177,7 +200,7 @@ def _check_files(name: str, dataset: Any) -> None:
     for what, key in (('image', 'img_path'), ('mask', 'seg_map_path')):
         paths = [info.get(key) for info in infos]
         missing = [
-            i for i, path in enumerate(paths) if not _exists(dataset, path)
+            i for i, path in enumerate(paths) if not exists(dataset, path)
         ]
         if missing:
             info = infos[missing[0]]
@@ -185,34 +208,15 @@ def _check_files(name: str, dataset: Any) -> None:
                 f'{name}: {len(missing)} of {len(infos)} images have no '
                 f'{what} file; the first is {info.get("img_path")}, whose '
                 f'{what} must be {info.get(key)}; folders: '
-                f'{_folders(dataset)}'
+                f'{folders(dataset)}'
             )
 
 
-def _exists(dataset: Any, path: str | None) -> bool:
-    """Whether there is a file; one that is not local passes."""
-    if not path:
-        return False
-    backend = fileio.get_file_backend(
-        path,
-        backend_args=getattr(dataset, 'backend_args', None),
-        enable_singleton=True,
-    )
-    return not isinstance(backend, LocalBackend) or backend.isfile(path)
-
-
-def _folders(dataset: Any) -> str:
-    """Where a dataset looks for its files, for a message."""
-    prefix = getattr(dataset, 'data_prefix', None) or {}
-    folders = [f'{key}={path!r}' for key, path in prefix.items() if path]
-    return ', '.join(folders) or 'no folder given'
-
-
-def _read_mask(name: str, dataset: Any, info: dict) -> np.ndarray:
-    """Read a mask of one channel that has the size of its image."""
+def _open_mask(name: str, dataset: Any, info: dict) -> Image.Image:
+    """Read the header of a mask of one channel and its image's size."""
     image_path, mask_path = info['img_path'], info['seg_map_path']
-    mask = _open(name, dataset, mask_path)
-    image = _open(name, dataset, image_path)
+    mask = open_image(name, dataset, mask_path)
+    image = open_image(name, dataset, image_path)
     if mask is None:
         raise ValueError(f'{name}: mask {mask_path} is of an unknown format')
     if len(mask.getbands()) != 1:
@@ -226,19 +230,18 @@ def _read_mask(name: str, dataset: Any, info: dict) -> np.ndarray:
             f'{image_path}, {_upright_size(image)} pixels (width, height), '
             f'got {mask.size}'
         )
-    return np.asarray(mask)
+    return mask
 
 
-def _open(name: str, dataset: Any, path: str) -> Image.Image | None:
-    """Read an image's header; None where Pillow does not know the format."""
-    backend_args = getattr(dataset, 'backend_args', None)
-    content = io.BytesIO(fileio.get(path, backend_args=backend_args))
+def _read_mask(name: str, dataset: Any, info: dict) -> np.ndarray:
+    """Decode a mask."""
     try:
-        return Image.open(content)
-    except UnidentifiedImageError as error:
-        if Path(path).suffix.lower() not in Image.registered_extensions():
-            return None
-        raise ValueError(f'{name}: {path} cannot be read as image') from error
+        return np.asarray(_open_mask(name, dataset, info))
+    except (OSError, SyntaxError) as error:
+        path = info['seg_map_path']
+        raise ValueError(
+            f'{name}: mask {path} cannot be decoded ({error})'
+        ) from error
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -278,9 +281,7 @@ def _check_labels(
 def _check_losses(name: str, info: dict, heads: dict[str, Any]) -> None:
     """Raise ValueError where a loss cannot deal with ignored pixels."""
     for path, head in heads.items():
-        losses: Any = getattr(head, 'loss_decode', None)
-        several = isinstance(losses, nn.ModuleList)
-        for loss in losses if several else [losses]:
+        for loss in _losses(head):
             if _weighs_ignored(loss, head):
                 raise ValueError(
                     f'model.{path}.loss_decode.class_weight must be None '

@@ -155,7 +155,7 @@ def _softplus(x):
     hardware's logarithm has an absolute error, and small steps are near its
     zero. A product of inverse roots costs a third of a quotient.
     """
-    e = tl.exp2(-LOG2E * tl.abs(x))
+    e = tl.exp2(tl.abs(x) * -LOG2E)
     p = -0.02958851 + e * 0.00525346
     p = 0.07836167 + e * p
     p = -0.1367477 + e * p
