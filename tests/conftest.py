@@ -12,8 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
-ROOT = Path(__file__).parents[1]
-SHARED = Path(os.environ.get('MMSTABVIM_SHARED', ROOT.parent / 'shared'))
+GOLDENS = Path(__file__).parent / 'data' / 'goldens'
 
 
 @pytest.fixture(autouse=True, scope='session')
@@ -40,21 +39,6 @@ def _poisoned_memory():
 
 
 @pytest.fixture
-def shared_file():
-    """Path of a file of the shared reference data; skips where absent."""
-
-    def find(name: str) -> Path:
-        path = SHARED / name
-        if not path.exists():
-            pytest.skip(f'reference data {name} is not at hand')
-        return path
-
-    return find
-
-
-@pytest.fixture
-def golden(shared_file):
+def golden():
     """Open one archive of golden values."""
-    return lambda name: np.load(
-        shared_file(f'goldens/{name}'), allow_pickle=False
-    )
+    return lambda name: np.load(GOLDENS / name, allow_pickle=False)
