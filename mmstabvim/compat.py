@@ -47,6 +47,7 @@ __all__ = [
     'name_unreadable_files',
     'prepare_cpu_distributed',
     'register_cpu_amp',
+    'status',
     'stub_mmcv_ext',
 ]
 
@@ -68,6 +69,44 @@ def install() -> None:
     stack.after_import('mmcv.transforms.base', name_unreadable_files)
     for package in ('mmpretrain', 'mmseg'):
         stack.before_import(package, partial(stack.check, package))
+
+
+def status() -> dict[str, str]:
+    """Tell which shims are active, for a report.
+
+    Returns:
+        dict[str, str]: State by name of the shim.
+    """
+    stub = sys.modules.get('mmcv._ext')
+    waits = 'waits for the import of mmcv'
+    base = sys.modules.get('mmcv.transforms.base')
+    amp = OPTIM_WRAPPERS.get('AmpOptimWrapper') is CPUAmpOptimWrapper
+    reads = mmengine_checkpoint.CheckpointLoader.load_checkpoint
+    wrapped = {
+        'weights: one door': reads,
+        'models in the hub': hub_module.get_model,
+    }
+    if base is not None:
+        wrapped['names of unreadable files'] = base.BaseTransform.__call__
+    return {
+        'stub of mmcv._ext': 'active'
+        if getattr(stub, '__loader__', None) is None and stub is not None
+        else 'not needed',
+        'checkpoints: tensors only': _active(
+            isinstance(mmengine_checkpoint.torch, _SafeTorch)
+        ),
+        'bfloat16 AMP on a CPU': 'active' if amp else 'not needed',
+        'configs mmstabvim::...': _active(
+            'mmstabvim' in config_utils.MODULE2PACKAGE
+        ),
+        **{k: _active(hasattr(v, '__wrapped__')) for k, v in wrapped.items()},
+        **({} if base else {'names of unreadable files': waits}),
+    }
+
+
+def _active(is_active: bool) -> str:
+    """Word the state of a shim that is always needed."""
+    return 'active' if is_active else 'FAILED: not active'
 
 
 # --- mmcv-lite --------------------------------------------------------------

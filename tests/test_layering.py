@@ -27,6 +27,7 @@ LEVELS = {
     'evaluation': 3,
     'visualization': 3,
     'ablation': 4,
+    'check_env': 4,
 }
 # registered parts know each other through the registry only
 APART = {'models', 'engine', 'datasets'}
