@@ -676,3 +676,39 @@ def test_scripts_explain_themselves(script):
     done = shell(script)
     assert done.returncode == 2
     assert 'Usage: ' in done.stderr
+
+
+def test_show_dir_with_tta(trained, config):
+    """The first view of each image is drawn."""
+    run(tester, config, trained, '--tta', '--show-dir', 'tta_shown')
+    run(tester, config, trained, '--show-dir', 'plain_shown')
+    names = [
+        {path.name for path in Path(folder).rglob('*.png')}
+        for folder in ('tta_shown', 'plain_shown')
+    ]
+    assert names[0] == names[1] != set()
+
+
+def test_work_dir_in_place_of_a_checkpoint(trained, config, capsys):
+    run(tester, config, trained, '--out', 'folder.json')
+    assert f'Checkpoint: {trained / "epoch_2.pth"}' in capsys.readouterr().out
+    run(tester, config, trained / 'epoch_2.pth', '--out', 'file.json')
+    assert mmengine.load('folder.json') == mmengine.load('file.json')
+
+
+def test_mistakes_end_without_a_traceback(config):
+    """With the message, and 1 for scripts."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            TOOLS / 'train.py',
+            config,
+            '--cfg-options',
+            'train_cfg.val_interval=0',
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert 'train_cfg.val_interval must be a whole number' in done.stderr
+    assert 'Traceback' not in done.stderr

@@ -1,6 +1,7 @@
 """Test a classification or segmentation model from a config."""
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
@@ -10,6 +11,7 @@ import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
 
 from mmstabvim.engine import launch
 
@@ -20,7 +22,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='path of the config')
-    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
+    launch.add_checkpoint(parser)
     launch.add_shared_options(parser)
     parser.add_argument(
         '--out',
@@ -89,8 +91,8 @@ def choose_out_item(out: str | None, item: str | None) -> str | None:
 
 def merge_args(cfg: Config, args: argparse.Namespace) -> None:
     """Apply the options to the config, in place."""
-    launch.check_file(args.checkpoint, 'checkpoint')
-    cfg.load_from = args.checkpoint
+    cfg.load_from = launch.find_checkpoint(args.checkpoint)
+    print(f'Checkpoint: {cfg.load_from}')
     cfg.resume = False
     if args.amp:
         cfg.test_cfg = dict(cfg.get('test_cfg') or {}, fp16=True)
@@ -146,9 +148,25 @@ def use_tta(cfg: Config) -> None:
 def flip_pipeline(pipeline: list) -> list:
     """Make a pipeline that gives each image and its mirror image."""
     *steps, pack = deepcopy(pipeline)
-    flips = [dict(type='RandomFlip', prob=prob) for prob in (1.0, 0.0)]
+    flips = [dict(type='RandomFlip', prob=prob) for prob in (0.0, 1.0)]
     transforms = [flips, [pack]]
     return [*steps, dict(type='TestTimeAug', transforms=transforms)]
+
+
+def draw_first_view(runner: Runner) -> None:
+    """Let MMPretrain draw the first view of each image under TTA.
+
+    Its hook takes a batch of images, and gets one such batch per view.
+    """
+    for hook in runner.hooks:
+        if type(hook).__name__ == 'VisualizationHook':
+            hook.after_test_iter = partial(draw_view, hook.after_test_iter)
+
+
+def draw_view(draw: Callable, *args, data_batch: dict, **kwargs) -> None:
+    """Draw one view of a batch of several."""
+    first = dict(data_batch, inputs=data_batch['inputs'][0])
+    draw(*args, data_batch=first, **kwargs)
 
 
 def write_masks(cfg: Config, folder: str) -> None:
@@ -189,8 +207,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with launch.clear_errors():
         cfg = launch.load_config(args)
+        launch.require(cfg, 'test_dataloader', 'test_cfg', 'test_evaluator')
         merge_args(cfg, args)
         runner = launch.build_runner(cfg)
+        if args.tta:
+            draw_first_view(runner)
         if args.out_item == 'pred':
             runner.test_evaluator.metrics.append(DumpResults(args.out))
         runner.load_checkpoint = partial(load_strictly, runner.load_checkpoint)
@@ -202,4 +223,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(launch.run_tool(main))

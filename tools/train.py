@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 from mmstabvim.engine import launch
+from mmstabvim.engine.mistakes import MissingFileError
+from mmstabvim.engine.resume import check_resumable, explain_resume
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -20,9 +22,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--resume',
         nargs='?',
         const='auto',
-        metavar='CHECKPOINT',
-        help='continue from this checkpoint, or without a path from the '
-        'latest one in the work dir (starts anew if there is none)',
+        metavar='CHECKPOINT|WORK_DIR',
+        help='continue from this checkpoint, or from the newest one of a '
+        'work dir; without a path from the newest one in --work-dir (starts '
+        'anew if there is none)',
     )
     parser.add_argument(
         '--amp', action='store_true', help='use automatic mixed precision'
@@ -64,8 +67,8 @@ def merge_args(cfg: Config, args: argparse.Namespace) -> None:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     if args.amp:
         use_amp(cfg, args.amp_dtype)
-    if args.resume is not None:
-        set_resume(cfg, args.resume)
+    if args.resume is not None or cfg.get('resume'):
+        set_resume(cfg, args.resume or cfg.get('load_from') or 'auto')
     if args.auto_scale_lr:
         scale_lr(cfg)
     set_randomness(cfg, args.seed, args.deterministic)
@@ -96,18 +99,23 @@ def use_amp(cfg: Config, dtype: str | None) -> None:
     wrapper.setdefault('loss_scale', 1.0 if bfloat16 else 'dynamic')
 
 
-def set_resume(cfg: Config, checkpoint: str) -> None:
-    """Resume from a checkpoint, ``'auto'`` for the latest one.
+def set_resume(cfg: Config, place: str) -> None:
+    """Resume from a checkpoint or work dir, ``'auto'`` for the run's own.
 
     Where there is none yet, the training starts as the config says, with its
     own ``load_from``: a job may always be started with ``--resume``.
     """
-    if checkpoint == 'auto':
-        checkpoint = find_latest_checkpoint(cfg.work_dir)
-        if checkpoint is None:
-            print(f'--resume: no checkpoint in {cfg.work_dir}, starting anew')
-            return
-    launch.check_file(checkpoint, '--resume: checkpoint')
+    try:
+        checkpoint = launch.find_checkpoint(
+            cfg.work_dir if place == 'auto' else place
+        )
+    except FileNotFoundError as error:
+        if place != 'auto':
+            raise MissingFileError(f'--resume: {error}') from error
+        print(f'--resume: no checkpoint in {cfg.work_dir}, starting anew')
+        return
+    check_resumable(checkpoint)
+    print(f'--resume: {checkpoint}')
     cfg.resume = True
     cfg.load_from = checkpoint
 
@@ -140,11 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with launch.clear_errors():
         cfg = launch.load_config(args)
+        launch.require(cfg, 'train_dataloader', 'train_cfg', 'optim_wrapper')
         merge_args(cfg, args)
         runner = launch.build_runner(cfg)
+        explain_resume(runner)
         runner.train()
     runner.logger.info(launch.training_summary(runner))
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(launch.run_tool(main))

@@ -3,16 +3,35 @@
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmengine import fileio
 from mmengine.fileio import LocalBackend
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import nn
 
-PNG_END = b'IEND'
+EXIF_ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
+ENDS = {'PNG': b'IEND\xaeB`\x82', 'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9'}
 TAIL = 4096
-"""Bytes at the end of a PNG in which its last chunk must begin."""
+"""Bytes at the end of a file in which its end mark is sought first."""
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""Errors of Pillow at a file that is no image, or not a whole one."""
+
+
+class ImageHeader(NamedTuple):
+    """Properties of an image that is not decoded.
+
+    Attributes:
+        size (tuple[int, int]): Width and height, once the camera's
+            orientation is applied.
+        bands (int): Number of channels.
+        mode (str): Pillow's name of the pixel format.
+    """
+
+    size: tuple[int, int]
+    bands: int
+    mode: str
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
@@ -48,11 +67,68 @@ def spaced(dataset: Any, samples: int) -> Iterator[dict]:
         yield dataset.get_data_info(number * len(dataset) // count)
 
 
+def folders(dataset: Any) -> str:
+    """List where a dataset looks for its files, for a message."""
+    prefix = getattr(dataset, 'data_prefix', None) or {}
+    found = [f'{key}={path!r}' for key, path in prefix.items() if path]
+    return ', '.join(found) or 'no folder given'
+
+
 def exists(dataset: Any, path: str | None) -> bool:
     """Tell whether a file is there; one that is not local passes."""
     if not path:
         return False
     return not _is_local(dataset, path) or Path(path).is_file()
+
+
+def read_header(
+    name: str, dataset: Any, info: dict, key: str
+) -> ImageHeader | None:
+    """Read an image's header and see that its end is there.
+
+    A file that Pillow does not know is loaded by the pipeline of the dataset.
+
+    Args:
+        name (str): Dataset, for the message.
+        dataset (Any): Whose ``backend_args`` tell how files are read.
+        info (dict): Entry of the dataset.
+        key (str): Of the file's path in ``info``.
+
+    Returns:
+        ImageHeader | None: None where only the pipeline knows the format.
+
+    Raises:
+        ValueError: If the file is no image, or a truncated PNG or JPEG.
+    """
+    path, header = info[key], None
+    try:
+        with open_image(dataset, path) as image:
+            size, bands = _upright_size(image), len(image.getbands())
+            header = ImageHeader(size, bands, image.mode)
+            _check_end(image)
+    except UNREADABLE as error:
+        if header is not None:
+            raise ValueError(
+                f'{name}: {path} is truncated or damaged ({error})'
+            ) from error
+        _load(name, dataset, info, path)
+    return header
+
+
+def open_image(dataset: Any, path: str) -> Image.Image:
+    """Open an image of a dataset without decoding it.
+
+    Args:
+        dataset (Any): Whose ``backend_args`` tell how files are read.
+        path (str): Of the image.
+
+    Returns:
+        Image: To be closed.
+    """
+    if _is_local(dataset, path):
+        return Image.open(path)
+    backend_args = getattr(dataset, 'backend_args', None)
+    return Image.open(io.BytesIO(fileio.get(path, backend_args=backend_args)))
 
 
 def _is_local(dataset: Any, path: str) -> bool:
@@ -65,57 +141,51 @@ def _is_local(dataset: Any, path: str) -> bool:
     return isinstance(backend, LocalBackend)
 
 
-def folders(dataset: Any) -> str:
-    """List where a dataset looks for its files, for a message."""
-    prefix = getattr(dataset, 'data_prefix', None) or {}
-    found = [f'{key}={path!r}' for key, path in prefix.items() if path]
-    return ', '.join(found) or 'no folder given'
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height once the camera's orientation is applied."""
+    width, height = image.size
+    # of a PNG, whose Exif may follow the pixels, Pillow would decode them
+    known = image.format != 'PNG' or 'exif' in image.info
+    if known and image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
+        return height, width
+    return width, height
 
 
-def open_image(name: str, dataset: Any, path: str) -> Image.Image | None:
-    """Read an image's header, and see that its end is there.
+def _check_end(image: Image.Image) -> None:
+    """Raise OSError where the end of a PNG or JPEG is missing."""
+    end = ENDS.get(image.format or '')
+    if end is None:
+        return
+    file: Any = image.fp
+    position = file.tell()
+    file.seek(max(file.seek(0, io.SEEK_END) - TAIL, 0))
+    found = end in file.read()
+    if not found and image.format == 'PNG':
+        file.seek(0)
+        if end not in file.read():
+            raise OSError('its end is missing')
+    file.seek(position)
+    if not found:  # something follows, or nothing
+        image.load()
 
-    Args:
-        name (str): Dataset, for the message.
-        dataset (Any): Whose ``backend_args`` tell how files are read.
-        path (str): Of the image.
 
-    Returns:
-        Image | None: Not decoded; None where Pillow does not know the format.
+def _load(name: str, dataset: Any, info: dict, path: str) -> None:
+    """Read the files of an entry as the pipeline does.
 
     Raises:
-        ValueError: If the file is empty, damaged or a truncated PNG.
+        ValueError: If that fails.
     """
-    opened: Any = path
-    if not _is_local(dataset, path):
-        backend_args = getattr(dataset, 'backend_args', None)
-        opened = io.BytesIO(fileio.get(path, backend_args=backend_args))
+    results: Any = dict(info)
+    pipeline = getattr(dataset, 'pipeline', None)
     try:
-        image = Image.open(opened)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        if Path(path).suffix.lower() not in Image.registered_extensions():
-            return None
+        for transform in getattr(pipeline, 'transforms', ()):
+            if not type(transform).__name__.startswith('Load'):
+                return
+            results = transform(results)
+    except Exception as error:
         raise ValueError(
             f'{name}: {path} cannot be read as image ({error})'
         ) from error
-    if image.format == 'PNG' and not _has_end(image):
-        raise ValueError(
-            f'{name}: {path} is truncated: the end of the PNG is missing'
-        )
-    return image
-
-
-def _has_end(image: Image.Image) -> bool:
-    """Look for a PNG's last chunk; the file's position is kept."""
-    file: Any = image.fp
-    position = file.tell()
-    size = file.seek(0, io.SEEK_END)
-    file.seek(max(size - TAIL, 0))
-    found = PNG_END in file.read()
-    file.seek(position)
-    return found
 
 
 def bare_model(model: Any, part: str) -> Any:

@@ -5,8 +5,6 @@ both need is here, because an installed tool can import only from the package.
 """
 
 import argparse
-import difflib
-import inspect
 import os
 import traceback
 from collections.abc import Iterator
@@ -18,37 +16,96 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
-from mmengine.runner import FlexibleRunner, Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from mmstabvim import compat, registry
+from mmstabvim.engine.config_file import read_config
+from mmstabvim.engine.mistakes import SettingError, UnknownTypeError, run_tool
+from mmstabvim.engine.schedule import fit_to_runner
+from mmstabvim.engine.settings_check import check_file_settings, merge_options
+from mmstabvim.engine.values_check import check_values
+from mmstabvim.engine.work_dir import check_file, find_checkpoint
+
+__all__ = [
+    'LOADERS',
+    'add_cfg_options',
+    'add_checkpoint',
+    'add_shared_options',
+    'build_runner',
+    'check_file',
+    'clear_errors',
+    'find_checkpoint',
+    'is_segmentation',
+    'load_config',
+    'read_settings',
+    'require',
+    'run_tool',
+    'set_loader_defaults',
+    'training_summary',
+    'type_name',
+]
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
-# Read from the config, but no argument of a runner's constructor.
-_OTHER_KEYS = (
-    'auto_scale_lr',
-    'compile',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'runner_type',
-    'strategy',
-    'sync_bn',
-    'tta_model',
-    'tta_pipeline',
-)
+# What each launcher tells its processes.
+_LAUNCHED = {
+    'pytorch': ('RANK', 'torchrun, as tools/dist_train.sh does'),
+    'slurm': ('SLURM_PROCID', 'srun, as tools/slurm_train.sh does'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
+}
 
 
 class _OptionAction(DictAction):
     """``DictAction`` that says what is wrong with ``--cfg-options key``."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        """Refuse a value without ``=``."""
+        """Refuse a value without ``=``, and brackets that do not match."""
         for value in values:
             if '=' not in value:
                 parser.error(
                     f'{option_string} wants key=value pairs, got {value!r}'
                 )
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except AssertionError as error:
+            parser.error(f'{option_string}: {error}')
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that :func:`find_checkpoint` takes.
+
+    Args:
+        parser (argparse.ArgumentParser): Changed in place.
+    """
+    parser.add_argument(
+        'checkpoint',
+        metavar='CHECKPOINT|WORK_DIR',
+        help='path or URL of the checkpoint, or the work dir of a training '
+        'for its newest one',
+    )
+
+
+def add_cfg_options(
+    parser: argparse.ArgumentParser, help_text: str | None = None
+) -> None:
+    """Add ``--cfg-options``; the default is an empty dict.
+
+    Args:
+        parser (argparse.ArgumentParser): Changed in place.
+        help_text (str, optional): Defaults to None, for settings of one
+            config.
+    """
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_OptionAction,
+        default={},
+        metavar='KEY=VALUE',
+        help=help_text
+        or 'change settings of the config, for instance '
+        'optim_wrapper.optimizer.lr=1e-4 or "key=[(a,b),(c,d)]"; one that '
+        'nothing reads is refused',
+    )
 
 
 def add_shared_options(parser: argparse.ArgumentParser) -> None:
@@ -62,15 +119,7 @@ def add_shared_options(parser: argparse.ArgumentParser) -> None:
         help='folder for logs and checkpoints (default: work_dir of the '
         'config, or work_dirs/ and the name of the config)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_OptionAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config, for instance '
-        'optim_wrapper.optimizer.lr=1e-4 or "key=[(a,b),(c,d)]"',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--no-pin-memory',
         action='store_true',
@@ -98,66 +147,91 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: If there is no such config file.
-        ValueError: If an option names a setting that nothing reads.
+        ValueError: If a setting has no effect, or a wrong value.
     """
-    check_file(args.config, 'config file')
-    cfg = Config.fromfile(args.config)
-    _check_options(cfg, args.cfg_options)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_settings(args.config, args.cfg_options)
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    _check_work_dir(cfg.work_dir)
     _set_launcher(cfg, args)
     return cfg
 
 
-def check_file(path: str, what: str) -> None:
-    """Refuse a path that does not exist, listing near names beside it.
+def read_settings(path: str, options: dict[str, Any]) -> Config:
+    """Read a config and apply ``--cfg-options``.
 
     Args:
-        path (str): A local path; a URL is not checked.
-        what (str): What the file is, for the message.
+        path (str): The config file.
+        options (dict): Dotted path to value.
+
+    Returns:
+        Config: The merged config.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such config file.
+        ValueError: If a setting has no effect, or a wrong value.
     """
-    if '://' in path or Path(path).is_file():
-        return
-    folder = Path(path).parent
-    names = [p.name for p in folder.glob('*')] if folder.is_dir() else []
-    near = difflib.get_close_matches(Path(path).name, names)
-    hint = f'; near names there: {", ".join(near)}' if near else ''
-    raise FileNotFoundError(f'{what} {path!r} does not exist{hint}')
+    cfg, file = read_config(path)
+    merge_options(cfg, options)
+    check_file_settings(cfg, file)
+    check_values(cfg)
+    if not cfg.get('model'):
+        raise SettingError(
+            f'config file {path!r} must have a model, got {sorted(cfg)}'
+        )
+    return cfg
 
 
-def _check_options(cfg: Config, options: dict[str, Any]) -> None:
-    """Refuse an option whose first name neither config nor runner knows."""
-    known = {*cfg, *_OTHER_KEYS}
-    for runner in (Runner, FlexibleRunner):
-        known.update(inspect.signature(runner.__init__).parameters)
-    for option in options:
-        name = option.split('.')[0]
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known))
-            hint = f'; near names: {", ".join(near)}' if near else ''
-            raise ValueError(
-                f'--cfg-options {option}: the config has no {name!r}{hint}'
-            )
+def require(cfg: Config, *names: str) -> None:
+    """Refuse a config without the settings that a tool needs.
+
+    Args:
+        cfg (Config): The config.
+        *names (str): Settings.
+
+    Raises:
+        ValueError: If one is missing or None.
+    """
+    missing = [name for name in names if cfg.get(name) is None]
+    if missing:
+        raise SettingError(
+            f'config file {cfg.filename!r} must have {", ".join(names)}, '
+            f'got none of {", ".join(missing)}'
+        )
+
+
+def _check_work_dir(work_dir: Any) -> None:
+    """Refuse a work dir that cannot be one."""
+    if not isinstance(work_dir, str) or not work_dir.strip():
+        raise SettingError(f'--work-dir wants a folder, got {work_dir!r}')
+    if Path(work_dir).is_file():
+        raise SettingError(
+            f'--work-dir wants a folder, got the file {work_dir!r}'
+        )
 
 
 def _set_launcher(cfg: Config, args: argparse.Namespace) -> None:
     """Pass the launcher on and prepare a distributed job without a GPU."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
-    if args.launcher == 'none' or get_device() != 'cpu':
+    if args.launcher == 'none':
         return
-    if args.launcher != 'pytorch':
-        raise ValueError(
-            'without a GPU the launcher must be none or pytorch, '
+    on_cpu = get_device() == 'cpu'
+    if on_cpu and args.launcher != 'pytorch':
+        raise SettingError(
+            '--launcher: without a GPU it must be none or pytorch, '
             f'got {args.launcher!r}'
         )
-    compat.prepare_cpu_distributed(cfg)
+    variable, starter = _LAUNCHED[args.launcher]
+    if variable not in os.environ:
+        raise SettingError(
+            f'--launcher {args.launcher} wants to be started by {starter}, '
+            f'which sets {variable}; for one process leave it out'
+        )
+    if on_cpu:
+        compat.prepare_cpu_distributed(cfg)
 
 
 def is_segmentation(cfg: Config) -> bool:
@@ -220,11 +294,14 @@ def build_runner(cfg: Config) -> Any:
             ``mmengine.Runner``.
 
     Returns:
-        Runner: The runner.
+        Runner: The runner; one of mmengine's own kind fits its schedule
+        into a training that is shorter than the warm-up.
     """
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    runner = Runner.from_cfg(cfg)
+    fit_to_runner(runner)
+    return runner
 
 
 @contextmanager
@@ -241,10 +318,12 @@ def clear_errors() -> Iterator[None]:
         unknown = _unknown_type(error)
         hint = unknown and registry.suggest_types(unknown)
         if unknown and (hint or unknown is not error):
-            raise KeyError(f'{unknown.args[0]} {hint or ""}') from error
+            raise UnknownTypeError(
+                f'{unknown.args[0]} {hint or ""}'
+            ) from error
         dataset = _dataset_being_loaded(error)
         if dataset is not None:
-            raise ValueError(_describe_data(dataset, error)) from error
+            raise SettingError(_describe_data(dataset, error)) from error
         raise
 
 
@@ -309,8 +388,11 @@ def training_summary(runner: Any) -> str:
     metrics = _last_metrics(runner)
     if metrics:
         lines.append(f'{_split_name(runner.cfg)}: {metrics}')
-    last = find_latest_checkpoint(runner.work_dir)
-    lines.append(f'Last checkpoint: {last or "none"}')
+    try:
+        last = find_checkpoint(runner.work_dir)
+    except FileNotFoundError:
+        last = 'none'
+    lines.append(f'Last checkpoint: {last}')
     best = runner.message_hub.runtime_info.get('best_ckpt')
     if best:
         lines.append(f'Best checkpoint: {best}')

@@ -26,7 +26,7 @@ import mmengine
 import numpy as np
 import torch
 from _robustness.evaluate import choose_samples
-from _trained import loading, writing
+from _trained import writing
 from matplotlib.figure import Figure
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import BaseMetric
@@ -146,7 +146,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add('config', help='path of the config')
-    add('checkpoint', help='path or URL of the checkpoint')
+    launch.add_checkpoint(parser)
     add('--samples', type=int, help='test images, drawn (default: all)')
     add('--seed', type=int, default=0, help='of the choice of images')
     add('--device', help='default: the GPU if there is one, else the CPU')
@@ -165,7 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='mistakes to list (default: %(default)s)',
     )
     add('--out', type=Path, metavar='DIR', help='folder for the results')
-    loading.add_cfg_options(parser)
+    launch.add_cfg_options(parser)
     args = parser.parse_args(argv)
     for name in ('samples', 'top'):
         value = getattr(args, name)
@@ -182,7 +182,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace, folder: str) -> Config:
     """The config, made to count pairs of classes and nothing else."""
-    launch.check_file(args.checkpoint, 'checkpoint')
+    args.checkpoint = launch.find_checkpoint(args.checkpoint)
     cfg = launch.load_config(
         argparse.Namespace(
             config=args.config,

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from _robustness.evaluate import Measured, Options, evaluate, evaluate_study
 from _robustness.report import write_report
-from _trained import loading
 from rich.console import Console
 from rich.progress import Progress
 
 from mmstabvim.ablation import layout, results, statistics
+from mmstabvim.engine import launch
 from mmstabvim.evaluation.corruptions import CORRUPTIONS, LEVELS
 
 
@@ -33,7 +33,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'config', help='path of the config, or the folder of a study'
     )
     parser.add_argument(
-        'checkpoint', nargs='?', help='path or URL; none for a study'
+        'checkpoint',
+        nargs='?',
+        metavar='CHECKPOINT|WORK_DIR',
+        help='path or URL, or the work dir of a training; none for a study',
     )
     add_sweep(parser)
     add_run(parser)
@@ -133,7 +136,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--only', metavar='GLOB', help='cells of a study whose name matches'
     )
-    loading.add_cfg_options(parser)
+    launch.add_cfg_options(parser)
 
 
 def make_options(args: argparse.Namespace) -> Options:

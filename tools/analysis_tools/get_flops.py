@@ -38,7 +38,7 @@ from typing import Any
 
 import mmengine
 import torch
-from _trained import loading, writing
+from _trained import writing
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -122,7 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--device', default='cpu', help='where the model runs')
     add('--seed', type=int, default=0, help='of the weights and the image')
     add('--out', type=Path, metavar='DIR', help='folder for the results')
-    loading.add_cfg_options(parser)
+    launch.add_cfg_options(parser)
     args = parser.parse_args(argv)
     if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(
@@ -141,8 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def build_model(args: argparse.Namespace) -> tuple[Config, Any]:
     """The model of the config, with random weights."""
     launch.check_file(args.config, 'config file')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = launch.read_settings(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'model' not in cfg:
         raise ValueError(f'the config must have a model, got {sorted(cfg)}')

@@ -5,132 +5,112 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.hooks import Hook
-from mmengine.runner import Runner
-from PIL import Image
 from torch import nn
 
 from mmstabvim.engine.data_files import (
+    UNREADABLE,
     bare_model,
     exists,
     folders,
-    leaves,
     open_image,
+    read_header,
     spaced,
+)
+from mmstabvim.engine.hooks.data_check_hook import (
+    DataCheckHook,
+    check_count,
+    class_names,
 )
 from mmstabvim.engine.segmentor_check import check_segmentor
 from mmstabvim.registry import HOOKS
 
-EXIF_ORIENTATION = 0x0112
-SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # heads that learn something else than the classes of the dataset
 OTHER_TARGETS = ('STDCHead',)
-DECODED = 8
-"""Masks of each dataset that are decoded: a mistake in the labels is mostly
-one of the whole data set, and decoding costs a hundred times the header."""
+BINARY = (
+    'for two classes a head has num_classes=2, out_channels=1 or '
+    'num_classes=1, each with use_sigmoid=True in loss_decode, or '
+    'num_classes=2 with a softmax'
+)
 
 
 @HOOKS.register_module()
-class SegmentationDataCheckHook(Hook):
+class SegmentationDataCheckHook(DataCheckHook):
     """Refuse data or parts that do not fit before the first iteration.
 
     Before training the training and the validation set are checked, before a
     test the test set; inside of wrappers that repeat or join datasets too:
 
     - there is an image, and each head's ``num_classes`` (that of auxiliary
-      heads too) is the number of the dataset's classes;
+      heads too) is the number of the dataset's classes, and there are as many
+      ``class_weight``;
+    - the classes have the names and the order of the training set's, before
+      a test those of the checkpoint;
     - each image has a mask, where files are on a local disk;
-    - of up to ``samples`` evenly spaced images: image and mask can be read,
-      and the mask has one channel and the size of its image;
-    - of eight of these masks: the labels are classes or ignored once
-      ``reduce_zero_label`` and ``label_map`` are applied;
+    - of up to ``samples`` evenly spaced images: image and mask are whole, as
+      far as the header and, of PNG and JPEG, the end tell, and the mask has
+      one channel and the size of its image;
+    - of up to ``decoded`` evenly spaced masks: the labels are classes or
+      ignored once ``reduce_zero_label`` and ``label_map`` are applied;
     - if some are ignored in training, no head has a cross-entropy with
       ``class_weight``, which MMSegmentation cannot compute there.
 
     The model is checked too: what :class:`mmstabvim.VisionMamba` returns must
-    suit the neck and the heads.
+    suit the neck and the heads. A head for background and foreground has
+    ``num_classes=2, out_channels=1`` or ``num_classes=1``; both want
+    ``use_sigmoid=True`` in the losses, and masks with the labels 0 and 1.
 
     Where a pipeline has no ``LoadAnnotations`` no masks are needed, and only
-    the first half sentence is checked. Of the other files only the header is
-    read. Two classes may have a head with ``num_classes=2, out_channels=1``
-    or with ``num_classes=1``, if its losses have ``use_sigmoid``.
+    the first half sentence is checked. :class:`mmstabvim.CheckSegMap` checks
+    the labels of every mask that is loaded.
     Every process checks by itself, so that all of them stop.
 
     Args:
         samples (int): Images of each dataset that are looked into; 0 for
             none. Defaults to 100.
+        decoded (int): Masks of each dataset that are decoded, at most
+            ``samples``: wrong labels are mostly those of the whole data set,
+            and decoding costs a hundred times what a header does. Defaults to
+            8.
 
     Raises:
-        TypeError: If ``samples`` is no int.
-        ValueError: If ``samples`` is negative. When the run starts: if
-            something does not fit, with the file or the argument, what was
-            wanted and what was found.
+        TypeError: If an argument is no int.
+        ValueError: If one is negative. When the run starts: if something does
+            not fit, with the file or the argument, what was wanted and what
+            was found.
     """
 
-    # before hooks that do something
-    priority = 'VERY_HIGH'
+    def __init__(self, samples: int = 100, decoded: int = 8) -> None:
+        super().__init__(samples)
+        self.decoded = check_count('decoded', decoded)
 
-    def __init__(self, samples: int = 100) -> None:
-        if isinstance(samples, bool) or not isinstance(samples, int):
-            raise TypeError(
-                f'samples must be an int, got {type(samples).__name__}'
-            )
-        if samples < 0:
-            raise ValueError(f'samples must be at least 0, got {samples}')
-        self.samples = samples
+    def check_model(self, model: nn.Module) -> None:
+        """Check what the backbone returns."""
+        check_segmentor(model)
 
-    def before_train(self, runner: Runner) -> None:
-        """Check what is trained and validated on."""
-        check_segmentor(runner.model)
-        self._check(runner, 'training', runner.train_dataloader.dataset)
-        if runner.val_loop is not None:
-            self._check(runner, 'validation', runner.val_dataloader.dataset)
-
-    def before_test(self, runner: Runner) -> None:
-        """Check what is tested on."""
-        check_segmentor(runner.model)
-        self._check(runner, 'test', runner.test_dataloader.dataset)
-
-    def _check(self, runner: Runner, purpose: str, dataset: Any) -> None:
-        """Check a dataset or those that it wraps."""
-        heads = dict(_heads(runner.model))
-        for leaf in leaves(dataset):
-            name = f'{purpose} data ({type(leaf).__name__})'
-            if not len(leaf):
-                raise ValueError(
-                    f'{name}: wanted images, got none in {folders(leaf)}'
-                )
-            if _reads_masks(leaf.pipeline):
-                trains = purpose == 'training'
-                done = self._check_masks(name, leaf, heads, trains)
-            else:
-                done = 'its pipeline loads no masks, so none were checked'
-            runner.logger.info(f'{name}: {len(leaf)} images; {done}')
-
-    def _check_masks(
-        self, name: str, dataset: Any, heads: dict[str, Any], trains: bool
+    def check_leaf(
+        self, name: str, dataset: Any, model: nn.Module, trains: bool
     ) -> str:
-        """Check classes, files and some pixels; say what was looked at."""
-        num_classes = len(dataset.metainfo.get('classes') or ())
+        """Check classes, files and some pixels of a dataset."""
+        if not _reads_masks(dataset.pipeline):
+            return 'its pipeline loads no masks, so none were checked'
+        heads = dict(_heads(model))
+        num_classes = len(class_names(dataset))
         if num_classes:
             for path, head in heads.items():
                 num_classes = _check_head(name, num_classes, path, head)
         _check_files(name, dataset)
+        for info in spaced(dataset, self.samples):
+            _check_size(name, dataset, info)
+        decoded = min(self.samples, self.decoded) if num_classes else 0
         ignored = {getattr(h, 'ignore_index', 255) for h in heads.values()}
         ignored = ignored or {getattr(dataset, 'ignore_index', 255)}
-        for info in spaced(dataset, self.samples):
-            _open_mask(name, dataset, info)
-        decoded = min(self.samples, DECODED) if num_classes else 0
         for info in spaced(dataset, decoded):
             mask = _read_mask(name, dataset, info)
             used = _check_labels(name, info, mask, num_classes, ignored)
             if trains and not used.isdisjoint(ignored):
                 _check_losses(name, info, heads)
-        count = min(self.samples, len(dataset))
-        return (
-            f'size of {count} masks and labels of '
-            f'{min(decoded, len(dataset))} fit'
-        )
+        counts = [min(n, len(dataset)) for n in (self.samples, decoded)]
+        return f'size of {counts[0]} masks and labels of {counts[1]} fit'
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -161,31 +141,43 @@ def _reads_masks(node: Any) -> bool:
 
 
 def _check_head(name: str, num_classes: int, path: str, head: Any) -> int:
-    """Raise ValueError where a head has another number of classes.
+    """Raise ValueError where a head does not suit the number of classes.
 
     Returns:
-        int: Number of classes in the masks.
+        int: Number of labels in the masks.
     """
-    if _is_binary(head) and num_classes in (1, 2):
+    binary = getattr(head, 'out_channels', 0) == 1
+    if binary and not all(
+        getattr(loss, 'use_sigmoid', True) for loss in _losses(head)
+    ):
+        raise ValueError(
+            f'model.{path}.loss_decode.use_sigmoid must be True for a head '
+            'with out_channels=1 (the default for num_classes=1), got False; '
+            f'{BINARY}'
+        )
+    _check_weights(path, head)
+    if binary and num_classes <= 2:
         return 2
-    if head.num_classes == num_classes:
-        return num_classes
-    binary = (
-        '; for two classes a sigmoid needs num_classes=2, out_channels=1 (or '
-        'num_classes=1) and use_sigmoid=True in every loss_decode'
-    )
-    raise ValueError(
-        f'model.{path}.num_classes must be {num_classes}, the number of '
-        f'classes of the {name}, got {head.num_classes}'
-        + (binary if num_classes == 2 or head.num_classes == 1 else '')
-    )
+    if head.num_classes != num_classes:
+        few = min(num_classes, head.num_classes) <= 2
+        raise ValueError(
+            f'model.{path}.num_classes must be {num_classes}, the number of '
+            f'classes of the {name}, got {head.num_classes}'
+            + (f'; {BINARY}' if few else '')
+        )
+    return num_classes
 
 
-def _is_binary(head: Any) -> bool:
-    """Tell a head with one sigmoid for background and foreground."""
-    if getattr(head, 'out_channels', 0) != 1 or head.num_classes > 2:
-        return False
-    return all(getattr(loss, 'use_sigmoid', True) for loss in _losses(head))
+def _check_weights(path: str, head: Any) -> None:
+    """Raise ValueError where a loss weighs another number of classes."""
+    wanted = getattr(head, 'out_channels', head.num_classes)
+    for loss in _losses(head):
+        weights = getattr(loss, 'class_weight', None)
+        if weights is not None and len(weights) != wanted:
+            raise ValueError(
+                f'model.{path}.loss_decode.class_weight must have {wanted} '
+                f'numbers, one for each channel, got {weights}'
+            )
 
 
 def _losses(head: Any) -> list[Any]:
@@ -212,44 +204,38 @@ def _check_files(name: str, dataset: Any) -> None:
             )
 
 
-def _open_mask(name: str, dataset: Any, info: dict) -> Image.Image:
-    """Read the header of a mask of one channel and its image's size."""
-    image_path, mask_path = info['img_path'], info['seg_map_path']
-    mask = open_image(name, dataset, mask_path)
-    image = open_image(name, dataset, image_path)
-    if mask is None:
-        raise ValueError(f'{name}: mask {mask_path} is of an unknown format')
-    if len(mask.getbands()) != 1:
+def _check_size(name: str, dataset: Any, info: dict) -> None:
+    """Raise ValueError where a mask has no single channel or another size."""
+    mask = read_header(name, dataset, info, 'seg_map_path')
+    image = read_header(name, dataset, info, 'img_path')
+    if mask is None:  # in a format that only the pipeline knows
+        return
+    path = info['seg_map_path']
+    if mask.bands != 1:
         raise ValueError(
-            f'{name}: mask {mask_path} must have one channel, a label for '
-            f'each pixel, got {len(mask.getbands())} ({mask.mode})'
+            f'{name}: mask {path} must have one channel, a label for each '
+            f'pixel, got {mask.bands} ({mask.mode})'
         )
-    if image is not None and mask.size != _upright_size(image):
+    if image is not None and mask.size != image.size:
         raise ValueError(
-            f'{name}: mask {mask_path} must be of the size of its image '
-            f'{image_path}, {_upright_size(image)} pixels (width, height), '
-            f'got {mask.size}'
+            f'{name}: mask {path} must be of the size of its image '
+            f'{info["img_path"]}, {image.size} pixels (width, height), got '
+            f'{mask.size}'
         )
-    return mask
 
 
 def _read_mask(name: str, dataset: Any, info: dict) -> np.ndarray:
-    """Decode a mask."""
+    """Decode a mask; an empty one where only the pipeline knows the format."""
+    path = info['seg_map_path']
+    if read_header(name, dataset, info, 'seg_map_path') is None:
+        return np.zeros((0, 0), np.uint8)
     try:
-        return np.asarray(_open_mask(name, dataset, info))
-    except (OSError, SyntaxError) as error:
-        path = info['seg_map_path']
+        with open_image(dataset, path) as mask:
+            return np.asarray(mask)
+    except UNREADABLE as error:
         raise ValueError(
             f'{name}: mask {path} cannot be decoded ({error})'
         ) from error
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height once the camera's orientation is applied."""
-    width, height = image.size
-    if image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
-        return height, width
-    return width, height
 
 
 def _check_labels(

@@ -68,7 +68,7 @@ def evaluate(
         Rows: Of ``mmstabvim.RobustnessMetric``.
     """
     cfg = load_config(config, options)
-    launch.check_file(checkpoint, 'checkpoint')
+    checkpoint = launch.find_checkpoint(checkpoint)
     task = progress.add_task(Path(checkpoint).name, total=None)
     with tempfile.TemporaryDirectory() as folder, launch.clear_errors():
         prepare(cfg, checkpoint, options, folder)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmengine.runner import find_latest_checkpoint
-
 from mmstabvim.ablation import results
 from mmstabvim.ablation.results import Curves
 from mmstabvim.engine import launch
@@ -68,38 +66,13 @@ def find_source(config: str, place: str) -> Source:
         FileNotFoundError: If there is no such file or folder, or the folder
             has no checkpoint.
     """
-    folder = Path(place)
-    if '://' in place or not folder.is_dir():
-        launch.check_file(place, 'checkpoint or work dir')
-        return Source(config, place, Path(place).stem, Training())
+    folder, checkpoint = Path(place), launch.find_checkpoint(place)
+    if not folder.is_dir():
+        return Source(config, checkpoint, folder.stem, Training())
     training = Training(
         results.read_curves(folder), results.read_stability(folder)
     )
-    checkpoint = last_checkpoint(folder)
-    name = folder.resolve().name
-    return Source(config, str(checkpoint), name, training)
-
-
-def last_checkpoint(folder: Path) -> Path:
-    """The last checkpoint of a work dir, also of one that was moved.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    if (folder / 'last_checkpoint').is_file():
-        noted = Path(find_latest_checkpoint(str(folder)))
-        for path in (noted, folder / noted.name):
-            if path.is_file():
-                return path
-        raise FileNotFoundError(
-            f'{folder}: its last checkpoint, {noted.name}, is gone'
-        )
-    others = sorted(path.name for path in folder.glob('*.pth'))
-    hint = f'; name one of {", ".join(others)} instead' if others else ''
-    raise FileNotFoundError(
-        f'{folder} has no file "last_checkpoint", which a training writes '
-        f'with its first checkpoint{hint}'
-    )
+    return Source(config, checkpoint, folder.resolve().name, training)
 
 
 # ------------------------------------------------------------- its curves

@@ -9,7 +9,7 @@ from typing import Any
 import mmengine
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
@@ -32,29 +32,13 @@ def add_options(parser: argparse.ArgumentParser, samples: int) -> None:
     """
     add = parser.add_argument
     add('config', help='path of the config')
-    add('checkpoint', help='path or URL of the checkpoint')
+    launch.add_checkpoint(parser)
     add('--samples', type=int, default=samples, help='images to look at')
     add('--images', type=Path, metavar='DIR', help='in place of the test set')
     add('--seed', type=int, default=0, help='of the choice of images')
     add('--device', default='cpu', help='where the model runs')
     add('--out', type=Path, metavar='DIR', help='folder for the results')
-    add_cfg_options(parser)
-
-
-def add_cfg_options(parser: argparse.ArgumentParser) -> None:
-    """Add ``--cfg-options``; the default is an empty dict.
-
-    Args:
-        parser (argparse.ArgumentParser): Changed in place.
-    """
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        metavar='KEY=VALUE',
-        help='change settings of the config',
-    )
+    launch.add_cfg_options(parser)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Config, nn.Module]:
@@ -64,10 +48,9 @@ def load_model(args: argparse.Namespace) -> tuple[Config, nn.Module]:
         ValueError: If the checkpoint does not fit, or the model has no block
             of a Vision Mamba.
     """
-    launch.check_file(args.config, 'config file')
-    launch.check_file(args.checkpoint, 'checkpoint')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = launch.read_settings(args.config, args.cfg_options)
+    args.checkpoint = launch.find_checkpoint(args.checkpoint)
+    print(f'Checkpoint: {args.checkpoint}')
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
