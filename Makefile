@@ -79,9 +79,11 @@ $(VENV)/.installed $(LATEST)/.installed: setup.py
 $(VENV)/.installed: INSTALL = \
     $(VENV_PYTHON) -m pip install -r requirements/test.txt && \
     $(VENV_PYTHON) -m pip install --no-build-isolation \
-        -c requirements/tested.txt -e .
+        -c requirements/tested.txt -e . && \
+    $(VENV_PYTHON) tools/link_editable.py
 $(LATEST)/.installed: INSTALL = \
-    $(LATEST)/bin/python -m pip install -e '.[$(STACK),test]'
+    $(LATEST)/bin/python -m pip install -e '.[$(STACK),test]' && \
+    $(LATEST)/bin/python tools/link_editable.py
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
 	$(VENV_PYTHON) -m pip install -r requirements/dev.txt

@@ -53,17 +53,26 @@ def read_version():
     return re.search(r"^__version__ = '(.+)'$", text, re.MULTILINE).group(1)
 
 
+HOME = 'https://github.com/mmstabvim/mmstabvim'
+CODE = re.compile(r'(```.*?```|`[^`\n]*`)', re.DOTALL)
+LINK = re.compile(
+    r'(\]\(|(?:src|href)="|^\[[^]]+\]: *)(?!\w+:|#)([^)\s">]+)', re.MULTILINE
+)
+IMAGES = {'.gif', '.jpg', '.png', '.svg', '.webp'}
+
+
 def read_readme():
     """README with absolute links: an index shows it without the files."""
-    text = (ROOT / 'README.md').read_text(encoding='utf-8')
-    return re.sub(
-        r'(?<=\]\()(?!https?:|#|mailto:)([^)\s]+)(?=\))',
-        lambda match: f'{HOME}/blob/main/{match[1]}',
-        text,
-    )
+    parts = CODE.split((ROOT / 'README.md').read_text(encoding='utf-8'))
+    parts[::2] = [LINK.sub(make_absolute, part) for part in parts[::2]]
+    return ''.join(parts)
 
 
-HOME = 'https://github.com/mmstabvim/mmstabvim'
+def make_absolute(link):
+    before, path = link.groups()
+    kind = 'raw' if Path(path).suffix in IMAGES else 'blob'
+    return f'{before}{HOME}/{kind}/main/{path}'
+
 
 # What figures, tables and logs need beside either form of OpenMMLab.
 TOOLS = ['rich>=13', 'tensorboard>=2.14']
@@ -86,9 +95,11 @@ LITE = [*OPENMMLAB, 'mmcv-lite>=2.0.0,<2.2.0']  # mmseg 1.2 refuses 2.2
 # The maintained fork, under the same import names: never beside the original.
 ONEDL = [
     *TOOLS,
-    'onedl-mmengine>=0.10.12',
-    'onedl-mmpretrain>=1.3.6',
-    'onedl-mmsegmentation>=1.4.2',
+    'onedl-mmengine>=0.10.12,<1',
+    # pip builds it without ops; one that is there, with ops, stays
+    'onedl-mmcv>=2.3.6,<2.4',
+    'onedl-mmpretrain>=1.3.6,<2',
+    'onedl-mmsegmentation>=1.4.2,<2',
     'scikit-learn>=1.4',
     'matplotlib>=3.8',
     'ftfy',
@@ -133,8 +144,8 @@ setup(
     zip_safe=False,
     python_requires='>=3.10,<3.14',
     install_requires=[
-        'torch>=2.4',
-        'torchvision>=0.19',
+        'torch>=2.8',
+        'torchvision>=0.23',
         'numpy>=1.26',
         'scipy>=1.11',
         'safetensors>=0.4',

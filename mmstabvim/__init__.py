@@ -1,14 +1,14 @@
 """Stabilized Vision Mamba for OpenMMLab.
 
 Importing the package installs the compatibility shims of
-:mod:`mmstabvim.compat` where MMEngine is installed, and nothing heavy: every
+:mod:`mmstabvim.compat` where MMEngine can be used, and nothing heavy: every
 public name is loaded on first use. With PyTorch alone ``mmstabvim.ops``,
 ``.layers`` and ``.stability`` can be used.
 """
 
+import sys
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from mmstabvim import stack
@@ -44,12 +44,24 @@ _PUBLIC = {
     'load_weights': 'mmstabvim.loading',
 }
 
+_NEED_MMENGINE = (
+    'mmstabvim.compat',
+    'mmstabvim.datasets',
+    'mmstabvim.engine',
+    'mmstabvim.evaluation',
+    'mmstabvim.loading',
+    'mmstabvim.model_hub',
+    'mmstabvim.models',
+    'mmstabvim.registry',
+)
+
 __all__ = ['__version__', *sorted(_PUBLIC)]
 
-if find_spec('mmengine') is not None:
+if 'mmengine' in sys.modules or stack.find_problem('mmengine') is None:
     import_module('mmstabvim.compat').install()
 else:
-    stack.before_import('mmengine', partial(stack.check, 'mmengine'))
+    for _name in ('mmengine', *_NEED_MMENGINE):
+        stack.before_import(_name, partial(stack.check, 'mmengine'))
 
 
 def __getattr__(name: str) -> Any:

@@ -145,8 +145,8 @@ def _missing_op(name: str) -> Callable:
 
     def missing_op(*_args: Any, **_kwargs: Any) -> NoReturn:
         raise RuntimeError(
-            f'the mmcv op {name!r} is compiled and mmcv-lite does not have '
-            'it: uninstall `mmcv-lite` and install full `mmcv`'
+            f'the mmcv op {name!r} is compiled, and the mmcv that is '
+            f'installed has no compiled part. Cure: {stack.ops_command()}'
         )
 
     return missing_op

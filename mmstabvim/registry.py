@@ -25,6 +25,8 @@ from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
+from mmstabvim import stack
+
 MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
@@ -106,8 +108,8 @@ def _load_of_mmseg(name: str, module: str) -> Any:
         if (error.name or '').split('.')[0] not in ('mmcv', 'mmseg'):
             raise
         raise ImportError(
-            f'mmstabvim.{name} needs MMSegmentation: pip install '
-            f"'mmsegmentation>=1.2' mmcv-lite ({error})"
+            f'mmstabvim.{name} needs MMSegmentation: '
+            f'{stack.install_command()} ({error})'
         ) from error
 
 

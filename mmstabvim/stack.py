@@ -9,7 +9,7 @@ import ast
 import sys
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -72,14 +72,13 @@ def find_problem(package: str) -> str | None:
     for needed in NEEDS[package]:
         found = installed(needed)
         if len(found) > 1:
-            names = ' and '.join(found)
             return (
-                f'{names} are both installed and overwrite each other '
-                f'(folder {needed!r}). Cure: pip uninstall -y '
-                f'{" ".join(found)}; {_install_command()}'
+                f'{" and ".join(found)} are both installed and overwrite '
+                f'each other (folder {needed!r}). Cure: pip uninstall -y '
+                f'{" ".join(_doubtful())}; {install_command()}'
             )
-        if not found and PathFinder.find_spec(needed) is None:
-            return f'{needed} is not installed. Cure: {_install_command()}'
+        if not found and _find_spec(needed) is None:
+            return f'{needed} is not installed. Cure: {install_command()}'
     if package not in ('mmpretrain', 'mmseg'):
         return None
     problems = (_find_bad_version(package, n) for n in ('mmcv', 'mmengine'))
@@ -93,15 +92,19 @@ def check(package: str) -> None:
         package (str): One of :data:`NEEDS`.
 
     Raises:
-        ImportError: With the command that cures it.
+        ImportError: With the command that cures it; ModuleNotFoundError if
+            the package is not installed.
 
     Example:
         >>> from mmstabvim import stack
         >>> stack.check('mmengine')
     """
     problem = find_problem(package)
-    if problem is not None:
-        raise ImportError(f'{package} cannot be used: {problem}')
+    if problem is None:
+        return
+    there = _find_spec(package) is not None
+    error = ImportError if there else ModuleNotFoundError
+    raise error(f'{package} cannot be used: {problem}', name=package)
 
 
 def accepted_versions(package: str, needed: str) -> tuple[str, str] | None:
@@ -115,7 +118,7 @@ def accepted_versions(package: str, needed: str) -> tuple[str, str] | None:
         tuple[str, str] | None: Lower bound, and upper bound that is itself
         refused; None where the source does not tell.
     """
-    spec = PathFinder.find_spec(package)
+    spec = _find_spec(package)
     if spec is None or not spec.origin:
         return None
     tree = ast.parse(Path(spec.origin).read_text(encoding='utf-8'))
@@ -130,8 +133,35 @@ def accepted_versions(package: str, needed: str) -> tuple[str, str] | None:
     for names in _BOUNDS:
         low, high = (name.format(needed.upper()) for name in names)
         if low in constants and high in constants:
-            return constants[low], constants[high]
+            return str(constants[low]), str(constants[high])
     return None
+
+
+def install_command() -> str:
+    """Name the command that installs OpenMMLab, of the form that is there.
+
+    Returns:
+        str: For an error message.
+    """
+    fork = any(map(_is_fork, (n for p in NEEDS for n in installed(p))))
+    return f"pip install 'mmstabvim[{'onedl' if fork else 'lite'}]'"
+
+
+def ops_command() -> str:
+    """Name the commands that install mmcv with its compiled operators.
+
+    Returns:
+        str: For an error message; they take ten minutes or more.
+    """
+    if 'onedl-mmcv' in installed('mmcv'):
+        return (
+            'pip install --no-build-isolation --no-cache-dir --no-deps '
+            '--force-reinstall onedl-mmcv'
+        )
+    return (
+        'pip uninstall -y mmcv-lite; pip install --no-build-isolation '
+        "'mmcv>=2.0.0,<2.2.0'"
+    )
 
 
 def _find_bad_version(package: str, needed: str) -> str | None:
@@ -150,70 +180,91 @@ def _find_bad_version(package: str, needed: str) -> str | None:
     )
 
 
-def _install_command() -> str:
-    """Name the command that installs OpenMMLab, of the form that is there."""
-    form = 'lite'
-    if any(n.startswith('onedl') for p in NEEDS for n in installed(p)):
-        form = 'onedl'
-    return f"pip install 'mmstabvim[{form}]'"
+def _doubtful() -> list[str]:
+    """List the distributions of which no file can be relied on.
+
+    All, where the original and the fork are mixed: reinstalling one package
+    of either would bring in the next pair.
+    """
+    found = [list(installed(package)) for package in DISTRIBUTIONS]
+    names = [name for names in found for name in names]
+    if len({_is_fork(name) for name in names}) > 1:
+        return names
+    return [name for names in found if len(names) > 1 for name in names]
+
+
+def _is_fork(distribution: str) -> bool:
+    """Tell OneDL's distributions from the original ones."""
+    return distribution.startswith('onedl-')
 
 
 # --- imports of other packages ----------------------------------------------
 
 
 class _Watcher(MetaPathFinder):
-    """Calls functions before or after a module is imported."""
+    """Calls functions before or after a module is imported.
+
+    Before: as the module is executed, not as it is found, since finding is
+    how others ask whether it is installed.
+    """
 
     def __init__(self) -> None:
         self.before: dict[str, Callable[[], None]] = {}
-        self.after: dict[str, Callable[[ModuleType], None]] = {}
+        self.after: dict[str, list[Callable[[ModuleType], None]]] = {}
 
     def find_spec(
         self, fullname: str, path: Any = None, target: Any = None
     ) -> ModuleSpec | None:
-        """Find nothing but modules after whose import something happens."""
-        before = self.before.pop(fullname, None)
-        if before is not None:
-            try:
-                before()
-            except ImportError:
-                self.before[fullname] = before
-                raise
-        after = self.after.pop(fullname, None)
-        if after is None:
+        """Find nothing but modules at whose import something happens."""
+        if fullname not in self.before and fullname not in self.after:
             return None
-        spec = PathFinder.find_spec(fullname, path, target)
+        spec = _find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenCall(spec.loader, after)
+            spec.loader = _WithCalls(spec.loader)
         return spec
 
 
-class _ThenCall(Loader):
-    """A loader that calls a function with the module it has executed."""
+class _WithCalls(Loader):
+    """A loader that calls functions before and after it executes a module."""
 
-    def __init__(
-        self, loader: Loader, after: Callable[[ModuleType], None]
-    ) -> None:
-        self._loader, self._after = loader, after
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer other questions as the real loader does."""
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Leave it to the real loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, put its own loader back, call the function."""
-        self._loader.exec_module(module)
+        """Call, execute the module with its own loader back, call."""
+        name = module.__name__
+        if name in _watcher.before:
+            _watcher.before[name]()
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        self._after(module)
+        self._loader.exec_module(module)
+        for function in _watcher.after.pop(name, []):
+            function(module)
 
 
 _watcher = _Watcher()
 
 
+def _find_spec(
+    name: str, path: Any = None, target: Any = None
+) -> ModuleSpec | None:
+    """Find a module as Python does, an editable install too."""
+    finders = (f for f in sys.meta_path if f is not _watcher)
+    specs = (finder.find_spec(name, path, target) for finder in finders)
+    return next(filter(None, specs), None)
+
+
 def before_import(module: str, function: Callable[[], None]) -> None:
-    """Call a function once, before a module is first imported.
+    """Call a function before a module is imported.
 
     Args:
         module (str): Name; nothing happens if it is imported already.
@@ -235,7 +286,7 @@ def after_import(module: str, function: Callable[[ModuleType], None]) -> None:
     if module in sys.modules:
         function(sys.modules[module])
     else:
-        _watcher.after[module] = function
+        _watcher.after.setdefault(module, []).append(function)
         _watch()
 
 

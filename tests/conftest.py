@@ -42,3 +42,10 @@ def _poisoned_memory():
 def golden():
     """Open one archive of golden values."""
     return lambda name: np.load(GOLDENS / name, allow_pickle=False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what tests record."""
+    for report in terminalreporter.getreports('passed'):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f'{name}: {value}')

@@ -8,14 +8,16 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config import config as config_module
 from mmengine.runner import Runner
+from yapf.yapflib import yapf_api
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / 'configs/vim/vim-nano-p4_1xb64-20e_digits.py'
@@ -98,12 +100,16 @@ def scenes_config(tmp_path):
 @contextmanager
 def unformatted_configs():
     """Write configs as they are: formatting takes most of a short run."""
-    original = config_module.FormatCode
-    config_module.FormatCode = lambda text, **_: (text, True)
-    try:
+    with ExitStack() as patches:
+        for module in (config_module, yapf_api):
+            # OneDL's mmengine imports it where it is called
+            if hasattr(module, 'FormatCode'):
+                patches.enter_context(
+                    patch.object(
+                        module, 'FormatCode', lambda x, **_: (x, True)
+                    )
+                )
         yield
-    finally:
-        config_module.FormatCode = original
 
 
 def without_randomness(cfg):

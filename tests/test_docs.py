@@ -1,10 +1,11 @@
-"""Every code block of README and docs: run, built or at least parsed.
+"""Every code block of README and docs is run, built or checked.
 
-Two pages are walked from the first block to the last, as their readers do.
-Other Python blocks run as they are, after what ``CONTEXT`` puts in front of
-them; blocks of a config are parsed and what they name is built. Commands
-are parsed by the tool that they call; those that train for minutes are run
-by tests of their own. What is only output is not counted as a block.
+The pages of ``WALKED`` are run from their first block to their last, as a
+reader does. Of the other pages each block stands alone: Python runs,
+settings are put on a config whose model, hooks and metrics are built,
+commands run on small trained models. Commands of ``NOT_RUN`` take minutes,
+or want more than a test has: there the script, its options and its config
+are checked. The last test prints the numbers.
 """
 
 import ast
@@ -15,35 +16,78 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS, init_default_scope
+from mmengine.hooks import Hook
+from mmengine.hub import get_config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import (
+    HOOKS,
+    METRICS,
+    MODELS,
+    init_default_scope,
+)
 from PIL import Image
+from small_runs import ROOT, digits_config, scenes_config, train
 
 from mmstabvim import VisionMamba
+from mmstabvim.engine import launch
 from mmstabvim.models.vim_checkpoint import to_official
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 WALKED = ('docs/tutorial_classification.md', 'docs/tutorial_segmentation.md')
-OUTPUT = ('text', 'diff', '')
-"""Diffs of README and mix_in are applied by tests of those configs."""
+OUTPUT = ('text', 'diff')
+"""Not code; tests/test_mix_in.py applies the diffs and trains with them."""
 
-BLOCK = re.compile(r'^```(\w*)\n(.*?)^```', re.M | re.S)
+ELSEWHERE = {
+    'MMSegInferencer(': 'test_segmentation_inference.py:'
+    'test_snippets_of_the_pages',
+    'load_digits(': 'test_mix_in.py:test_plain_pytorch_example',
+    'images, labels = torch.randn(2, 3, 224, 320)': 'test_mix_in.py:'
+    'test_plain_pytorch_example_of_the_readme',
+}
+"""Python that another test runs, by what it contains: they check results."""
+
+NOT_RUN = {
+    'make ': 'installs, or trains for minutes',
+    'pip ': 'changes the environment',
+    'mim ': 'installs, or is run by test_mix_in.py',
+    'python -m mmstabvim.check_env': 'run by test_check_env.py',
+    'bash tools/dist_train.sh ': 'wants eight GPUs and a large data set',
+    'python tools/train.py configs/': 'trains for minutes to days',
+    'python tools/test.py configs/': 'wants ImageNet',
+    'python tools/benchmarks/': 'takes minutes to hours',
+    'python tools/ablation.py report work_dirs/ablation/digits': 'wants a '
+    'study that takes hours; the page of another study runs it',
+    'python tools/analysis_tools/eval_robustness.py work_dirs/': 'wants a '
+    'study that takes hours',
+    'python tools/analysis_tools/reproduce_sensitivity.py': 'takes minutes, '
+    'or wants a study that takes hours',
+}
+"""Commands that are only checked, by how they begin, and why."""
+
+INSTEAD = {
+    # lists what it would train
+    'tools/ablation.py run ': 'tools/ablation.py run --dry-run ',
+    # there are 48 images
+    '--samples 1000': '--samples 40',
+}
+
+FENCE = re.compile(r'^( *)```(\w*)\n(.*?)^\1```$', re.M | re.S)
 
 
 class Block:
     """A block of code, with the page and the line it begins at."""
 
     def __init__(self, path, match):
-        text = path.read_text()
         self.page = str(path.relative_to(ROOT))
-        self.line = text.count('\n', 0, match.start()) + 1
-        self.language, self.code = match.groups()
+        self.line = match.string.count('\n', 0, match.start()) + 1
+        self.language = match[2]
+        self.code = textwrap.dedent(match[3])
 
     def __str__(self):
         return f'{self.page}:{self.line}'
@@ -54,152 +98,257 @@ class Block:
         tree = ast.parse(self.code)
         return all(isinstance(node, ast.Assign) for node in tree.body)
 
+    @property
+    def elsewhere(self):
+        return [test for key, test in ELSEWHERE.items() if key in self.code]
 
-def blocks(*languages):
-    return [
-        block
-        for path in PAGES
-        for block in (Block(path, m) for m in BLOCK.finditer(path.read_text()))
-        if block.language in languages and block.page not in WALKED
-    ]
+    @property
+    def commands(self):
+        """Each with its lines joined, without comments."""
+        lines = self.code.replace('\\\n', ' ').splitlines()
+        lines = (re.sub(r'(^| +)# .*', '', line) for line in lines)
+        optional = re.compile(r'\[(--[^]]+)\]')
+        return [optional.sub(r'\1', line) for line in lines if line]
 
 
-def run(code, folder, **env):
-    """Run Python code in a process of its own."""
+def all_blocks(path):
+    return [Block(path, match) for match in FENCE.finditer(path.read_text())]
+
+
+BLOCKS = [block for path in PAGES for block in all_blocks(path)]
+ALONE = [block for block in BLOCKS if block.page not in WALKED]
+PYTHON = [block for block in ALONE if block.language == 'python']
+CODE = [b for b in PYTHON if not b.is_config and not b.elsewhere]
+CONFIGS = [block for block in PYTHON if block.is_config]
+SHELL = [block for block in ALONE if block.language == 'shell']
+
+
+def is_run(command):
+    return not command.startswith(tuple(NOT_RUN))
+
+
+def run(words, folder):
+    """Run a program; both its outputs."""
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
+        words,
         cwd=folder,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', **env},
-        capture_output=True,
+        env={
+            **os.environ,
+            'PATH': path,
+            'OMP_NUM_THREADS': '1',
+            'PYTHONWARNINGS': 'ignore',
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
-    assert done.returncode == 0, f'{done.stdout[-3000:]}{done.stderr[-3000:]}'
+    assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 
 
 # --- Python -----------------------------------------------------------------
 
-PYTHON = blocks('python')
-CODE = [block for block in PYTHON if not block.is_config]
-CONFIGS = [block for block in PYTHON if block.is_config]
-
-SEGMENTOR = """
-import mmstabvim, torch
-from mmengine.config import Config
-from mmengine.hub import get_config, get_model
-name = 'mmstabvim::upernet/vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64.py'
-get_config(name).dump('config.py')
-state = get_model(name).state_dict()
-torch.save({'state_dict': state, 'meta': {}}, 'checkpoint.pth')
-from PIL import Image
-Image.new('RGB', (64, 48)).save('image.png')
-"""
-CONTEXT = {'MMSegInferencer(': SEGMENTOR}
-"""Files that a block wants to be there, by what it contains."""
-
 
 @pytest.mark.parametrize('block', CODE, ids=str)
-def test_python_runs(block, tmp_path):
-    context = [code for key, code in CONTEXT.items() if key in block.code]
-    run('\n'.join([*context, block.code]), tmp_path)
+def test_code_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    init_default_scope('mmengine')
+    exec(compile(block.code, str(block), 'exec'), {'__name__': '__main__'})
+
+
+# --- settings ---------------------------------------------------------------
+
+DEFAULT_HOST = 'mmstabvim::vim/vim-tiny-p16_8xb128_in1k.py'
+HOSTS = {
+    'decode_head': 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_'
+    '8xb2-160k_ade20k-512x512.py',
+}
+"""Config that a block is put on, by what it contains."""
+
+
+def complete(code):
+    """Add what a block leaves out: the base, or where a setting belongs."""
+    if '_base_' not in code:
+        hosts = [host for key, host in HOSTS.items() if key in code]
+        code = f'_base_ = {(hosts or [DEFAULT_HOST])[0]!r}\n{code}'
+    return re.sub(
+        r'^state_matrix = (.*)$',
+        r'model = dict(backbone=dict(state_matrix=\1))',
+        code.replace(')  #', ')\n#'),
+        flags=re.M,
+    )
+
+
+def alternatives(code):
+    """One config for each time that a block sets the same name again."""
+    found = [{}]
+    for node in ast.parse(code).body:
+        name = node.targets[0].id
+        if name in found[-1]:
+            found.append({'_base_': found[-1]['_base_']})
+        found[-1][name] = ast.get_source_segment(code, node)
+    return ['\n'.join(config.values()) for config in found]
+
+
+def build_all(cfg):
+    """Model, optimizer, hooks and metrics; weights stay without values."""
+    scope = cfg.default_scope
+    init_default_scope(scope)
+    importlib.import_module(f'{scope}.models')
+    importlib.import_module(f'{scope}.evaluation')
+    cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    build_optim_wrapper(model, cfg.optim_wrapper)
+    for hook in cfg.get('custom_hooks', []):
+        assert isinstance(HOOKS.build(hook), Hook)
+    evaluators = cfg.get('test_evaluator') or []
+    for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
+        METRICS.build(metric)
 
 
 @pytest.mark.parametrize('block', CONFIGS, ids=str)
-def test_config_builds(block, tmp_path):
-    """Hooks and backbones that the block names accept its arguments."""
-    (tmp_path / 'config.py').write_text(block.code)
-    cfg = Config.fromfile(tmp_path / 'config.py')
-    assert len(cfg)
-    init_default_scope('mmengine')
-    for hook in [
-        *cfg.get('custom_hooks', ()),
-        *cfg.get('default_hooks', {}).values(),
-    ]:
-        if 'type' in hook:
-            HOOKS.build(hook)
-    backbone = cfg.get('model', {}).get('backbone')
-    if backbone and str(backbone.get('type', 'mmstabvim')).startswith(
-        'mmstabvim'
-    ):
-        backbone = {k: v for k, v in backbone.items() if k != '_delete_'}
-        kind = backbone.setdefault('type', 'mmstabvim.VisionMamba')
-        assert kind == 'mmstabvim.VisionMamba'
-        backbone.pop('init_cfg', None)
-        MODELS.build(backbone)
+def test_settings_build(block, tmp_path):
+    """Each name is read by something, each argument is accepted."""
+    path = tmp_path / 'config.py'
+    for code in alternatives(complete(block.code)):
+        path.write_text(code)
+        build_all(launch.read_settings(str(path), {}))
 
 
 # --- commands ---------------------------------------------------------------
 
 
-def commands():
-    """Each command of the shell blocks, its lines joined."""
-    for block in blocks('shell', 'bash'):
-        text = block.code.replace('\\\n', ' ')
-        for line in text.splitlines():
-            words = shlex.split(line, comments=True)
-            if words:
-                yield pytest.param(words, id=f'{block}-{" ".join(words[:3])}')
+def trained(cfg, folder):
+    """Names in the pages, and what they stand for: a short training."""
+    config, work_dir = folder / 'config.py', folder / 'work'
+    cfg.dump(config)
+    train(cfg)
+    (checkpoint,) = work_dir.glob('*.pth')
+    return {
+        'CONFIG': config,
+        'CHECKPOINT': checkpoint,
+        'WORK_DIR': work_dir,
+        'OTHER_WORK_DIR': work_dir,
+        'OTHER': checkpoint,
+    }
 
 
-def load_tool(path):
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('classifier')
+    cfg = digits_config(folder)
+    cfg.model.backbone.patch_size = 8  # 17 tokens
+    cfg.train_cfg.max_epochs = 1
+    cfg.default_hooks.stability.interval = 2
+    return trained(cfg, folder)
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('segmentor')
+    cfg = scenes_config(folder)
+    cfg.default_hooks.checkpoint.update(interval=4, save_last=False)
+    return trained(cfg, folder)
+
+
+def fill_in(command, names):
+    """Write paths for the names in capitals."""
+    for old, new in INSTEAD.items():
+        command = command.replace(old, new)
+    pattern = r'\b(' + '|'.join(names) + r')\b'
+    return re.sub(pattern, lambda match: str(names[match[0]]), command)
+
+
+def load_tool(script, monkeypatch):
+    path = ROOT / script
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     tool = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(tool)
-    finally:
-        sys.path.pop(0)
+    spec.loader.exec_module(tool)
     return tool
 
 
-OTHERS = ('pip', 'mim', 'mkdir', 'tar', '.')
-"""Programs that are not of this project."""
+def of_a_tool(command):
+    return command.startswith('python tools/')
 
 
-@pytest.mark.parametrize('words', commands())
-def test_command_is_right(words):
-    """Scripts and configs are there, options are known."""
-    words = [w for w in words if not re.match(r'[A-Z_]+=', w)]
-    words = [w.strip('[]') for w in words]
-    if not words or words[0] in OTHERS:
-        return  # others' programs
-    if words[0] == 'make':
-        makefile = (ROOT / 'Makefile').read_text()
-        for target in (w for w in words[1:] if '=' not in w):
-            assert re.search(rf'^{target}:', makefile, re.M), target
+@pytest.mark.parametrize(
+    'block', [b for b in SHELL if any(map(is_run, b.commands))], ids=str
+)
+def test_commands_run(block, tmp_path, monkeypatch, request):
+    """In a folder of their own, with small models for large ones."""
+    kind = 'segmentor' if 'segmentation' in block.page else 'classifier'
+    names = request.getfixturevalue(kind)
+    commands = [fill_in(c, names) for c in block.commands if is_run(c)]
+    for name in ('tools', 'configs', 'docs'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    official_checkpoint(tmp_path / 'vim_t_midclstok.pth')
+    if not all(map(of_a_tool, commands)):
+        run(['bash', '-euc', '\n'.join(commands)], tmp_path)
         return
-    scripts = [w for w in words if re.match(r'(tools|\.ci)/.*\.(py|sh)$', w)]
-    configs = [w for w in words if w.startswith('configs/') and '*' not in w]
-    for name in (*scripts, *configs):
-        assert (ROOT / name).exists(), name
-    if words[0] != 'python' or not scripts:
-        assert words[0] in (
-            'pip',
-            'python',
-            'mim',
-            'bash',
-            'nsys',
-            'torchrun',
-            '.',
-        )
-        return
-    tool = load_tool(ROOT / scripts[0])
-    arguments = words[words.index(scripts[0]) + 1 :]
-    if 'argv' in inspect.signature(tool.parse_args).parameters:
-        # what a parser checks on the disk is not there
-        arguments = [
-            a for a in arguments if a != 'work_dirs/ablation/robustness'
-        ]
-        tool.parse_args(arguments)
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        words = shlex.split(command)[1:]
+        assert not load_tool(words[0], monkeypatch).main(words[1:])
+
+
+def check_tool(words, monkeypatch):
+    """The options are known, and a config has the settings they change."""
+    script, *words = words
+    tool = load_tool(script, monkeypatch)
+    monkeypatch.setattr(sys, 'argv', [script, *words])
+    takes_words = inspect.signature(tool.parse_args).parameters
+    args = tool.parse_args(words) if takes_words else tool.parse_args()
+    if script in ('tools/train.py', 'tools/test.py'):
+        build_all(launch.load_config(args))
+
+
+def check_make(targets):
+    makefile = (ROOT / 'Makefile').read_text()
+    for target in targets:
+        assert re.search(rf'^{target}:', makefile, re.M), target
+
+
+def check_command(command, folder, monkeypatch):
+    program, *words = shlex.split(command)
+    for word in words:
+        if word.startswith('work_dirs/ablation/'):
+            (folder / word).mkdir(parents=True, exist_ok=True)
+        elif word.startswith(('configs/', 'requirements/', 'tools/')):
+            assert (ROOT / word).exists(), word
+    if program == 'make':
+        check_make(words)
+    elif words[0] == 'tools/dist_train.sh':
+        check_tool(['tools/train.py', words[1], *words[3:]], monkeypatch)
+    elif program == 'python' and words[0] != '-m':
+        check_tool(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    'block', [b for b in SHELL if not all(map(is_run, b.commands))], ids=str
+)
+def test_commands_are_right(block, tmp_path, monkeypatch):
+    """What is too long to run: script, options, config, its model."""
+    for name in ('tools', 'configs'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for command in block.commands:
+        if not is_run(command):
+            check_command(command, tmp_path, monkeypatch)
 
 
 # --- the tutorials, from the first line to the last -------------------------
 
 
+ARCH = dict(embed_dims=192, num_layers=4)
+
+
 def official_checkpoint(path):
-    """A file like the published one, with random weights."""
+    """A file like the published one: fewer layers, random weights."""
     torch.manual_seed(0)
-    backbone = VisionMamba('tiny')
+    backbone = VisionMamba(ARCH)
     state = {f'backbone.{k}': v for k, v in backbone.state_dict().items()}
     state['head.fc.weight'] = torch.randn(1000, 192) / 100
     state['head.fc.bias'] = torch.zeros(1000)
@@ -231,87 +380,132 @@ def masks(root):
             Image.fromarray(labels).save(folder / f'ann_dir/{name}.png')
 
 
-SHORTER = {
-    'docs/tutorial_classification.md': {
-        # the commands as they are, on six images and for one epoch
-        'train.py flowers.py': 'train.py flowers.py --cfg-options '
-        'train_cfg.max_epochs=1 train_dataloader.batch_size=3',
-        'epoch_20.pth': 'epoch_1.pth',
+SMALL = {
+    WALKED[0]: {
+        'model.backbone.arch': dict(ARCH, _delete_=True),
+        'train_cfg.max_epochs': 1,
+        'train_dataloader.batch_size': 3,
     },
-    'docs/tutorial_segmentation.md': {
-        # two iterations of two crops of 64 pixels
-        'train.py leaves.py': 'train.py leaves.py --cfg-options '
-        'train_cfg.max_iters=2 train_cfg.val_interval=2 '
-        'default_hooks.checkpoint.interval=2 train_dataloader.batch_size=2',
-        'iter_4000.pth': 'iter_2.pth',
-        "upernet_1xb4-4k_folders-512x512.py'\n": (
-            "upernet_1xb4-4k_folders-512x512.py'\n"
-            'model = dict(data_preprocessor=dict(size=(64, 64)))\n'
-            'small = dict(type="RandomCrop", crop_size=(64, 64))\n'
-        ),
+    WALKED[1]: {
+        'model.backbone.arch': dict(ARCH, _delete_=True),
+        'model.backbone.out_indices': [0, 1, 2, 3],
+        'model.data_preprocessor.size': (64, 64),
+        'train_cfg.max_iters': 2,
+        'train_cfg.val_interval': 2,
+        'default_hooks.checkpoint.interval': 2,
+        'train_dataloader.batch_size': 2,
+        'train_dataloader.dataset.pipeline.2.scale': (128, 64),
+        'train_dataloader.dataset.pipeline.3.crop_size': (64, 64),
+        'val_dataloader.dataset.pipeline.1.scale': (128, 64),
+        'test_dataloader.dataset.pipeline.1.scale': (128, 64),
     },
 }
+"""What a tutorial's base is changed to: fewer layers, images and steps."""
+
+SHORTER = {'epoch_20.pth': 'epoch_1.pth', 'iter_4000.pth': 'iter_2.pth'}
 
 
-def shortened(page):
+def small_base(page, base, path):
+    """Write a config between the page's and its base."""
+    cfg = get_config(base)
+    cfg.merge_from_dict(SMALL[page])
+    changed = {option.split('.')[0] for option in SMALL[page]}
+    lines = [f'{name} = {cfg.to_dict()[name]}' for name in sorted(changed)]
+    lines = [line.replace('{', "{'_delete_': True, ", 1) for line in lines]
+    path.write_text('\n'.join([f'_base_ = {base!r}', *lines]))
+
+
+def walk(page, folder, config):
+    """Run each block of a page in turn; their outputs."""
     text = (ROOT / page).read_text()
-    for old, new in SHORTER[page].items():
-        assert old in text, f'{page}: {old}'
+    for old, new in SHORTER.items():
         text = text.replace(old, new)
-    return text
+    for _, language, code in FENCE.findall(text):
+        if code.startswith('_base_'):
+            base = re.match("_base_ = '(.+)'", code)[1]
+            small_base(page, base, folder / 'small.py')
+            (folder / config).write_text(code.replace(base, 'small.py', 1))
+        elif language == 'python':
+            yield run([sys.executable, '-c', code], folder)
+        elif language == 'shell':
+            yield run(['bash', '-euc', code], folder)
 
 
-@pytest.mark.parametrize('page', WALKED)
-def test_tutorial(page, tmp_path):
-    """Each block in turn, in one folder; what it promises is there."""
-    own = 'flowers' if 'classification' in page else 'leaves'
-    (images if own == 'flowers' else masks)(tmp_path)
+@pytest.fixture
+def folder(tmp_path):
+    """What a reader has: the tools and an official checkpoint."""
     official_checkpoint(tmp_path / 'vim_t_midclstok_76p1acc.pth')
     (tmp_path / 'tools').symlink_to(ROOT / 'tools')
-    outputs = []
-    for language, code in BLOCK.findall(shortened(page)):
-        if language == 'python' and code.startswith('_base_'):
-            (tmp_path / f'{own}.py').write_text(code)
-        elif language == 'python':
-            outputs.append(run(code, tmp_path))
-        elif language == 'shell':
-            words = shlex.split(code)
-            assert words[0] == 'python'
-            done = subprocess.run(
-                [sys.executable, '-W', 'ignore', *words[1:]],
-                cwd=tmp_path,
-                env={**os.environ, 'OMP_NUM_THREADS': '1'},
-                capture_output=True,
-                text=True,
-            )
-            said = done.stdout + done.stderr
-            assert done.returncode == 0, f'{code}\n{said[-4000:]}'
-            outputs.append(said)
-    assert 'official Vim classifier, names converted' in outputs[0]
-    report = list((tmp_path / 'work_dirs' / own).rglob('*.html'))
-    assert report, sorted(tmp_path.rglob('*.md'))
-    if own == 'flowers':
-        assert any(re.match('(daisy|rose|tulip) ', out) for out in outputs)
-    else:
-        for folder in ('masks', 'overlays', 'results/vis', 'results/pred'):
-            assert list((tmp_path / folder).rglob('*.png')) or list(
-                (tmp_path / folder).rglob('*.jpg')
-            ), folder
+    return tmp_path
 
 
-def test_every_block_has_a_test(record_property, capsys):
-    """A language that nobody looks at would go unseen."""
-    known = {'python', 'shell', 'bash', *OUTPUT}
-    found = [
-        (str(path), language)
-        for path in PAGES
-        for language, _ in BLOCK.findall(path.read_text())
-    ]
-    assert not [entry for entry in found if entry[1] not in known]
-    left_out = sum(language in OUTPUT for _, language in found)
-    record_property('blocks that are output or diffs', left_out)
-    with capsys.disabled():
-        sys.stdout.write(
-            f'\n{len(found)} code blocks, {left_out} of them output or '
-            f'diffs, {len(CODE)} run, {len(CONFIGS)} built\n'
-        )
+def test_own_images(folder):
+    images(folder)
+    train, test, predict, report = walk(WALKED[0], folder, 'flowers.py')
+    assert 'official Vim classifier, names converted' in train
+    assert 'accuracy/top1' in test
+    assert re.search(r'(daisy|rose|tulip) 0\.\d+$', predict, re.M)
+    assert list((folder / 'work_dirs/flowers').rglob('*.html')), report
+
+
+def test_own_masks(folder):
+    masks(folder)
+    train, test, _, report = walk(WALKED[1], folder, 'leaves.py')
+    assert 'official Vim classifier, names converted' in train
+    assert 'mIoU' in test
+    for pattern in (
+        'masks/*.png',
+        'overlays/**/*.png',
+        'results/vis/001.jpg',
+        'results/pred/*.png',
+    ):
+        assert list(folder.glob(pattern)), pattern
+    assert list((folder / 'work_dirs/leaves').rglob('*.html')), report
+
+
+# --- all pages --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
+def test_every_fence_is_a_block(path):
+    """None that the tests overlook, of a kind that they know."""
+    fences = re.findall(r'^ *```', path.read_text(), re.M)
+    found = all_blocks(path)
+    assert len(fences) == 2 * len(found)
+    assert {b.language for b in found} <= {'python', 'shell', *OUTPUT}
+
+
+def test_exceptions_are_needed():
+    """Each stands for a block that is there, and a test that is there."""
+    code = '\n'.join(block.code for block in PYTHON)
+    for key, test in ELSEWHERE.items():
+        file, name = test.split(':')
+        assert key in code
+        assert f'def {name}(' in (ROOT / 'tests' / file).read_text()
+    commands = [command for block in SHELL for command in block.commands]
+    for start in NOT_RUN:
+        assert any(command.startswith(start) for command in commands), start
+
+
+def test_count(record_property):
+    """The exceptions; the summary of the tests prints them."""
+    commands = [command for block in SHELL for command in block.commands]
+    output = sum(block.language in OUTPUT for block in BLOCKS)
+    checked = sum(not is_run(command) for command in commands)
+    record_property(
+        'code blocks of the pages',
+        f'{len(BLOCKS)}, of which {output} are output or diffs; {checked} of '
+        f'{len(commands)} commands outside the tutorials are not run but '
+        'checked',
+    )
+
+
+def test_every_tool_is_listed():
+    """With a line and a command of its own, and nothing that is not there."""
+    page = (ROOT / 'docs/analysis_tools.md').read_text()
+    rows = re.findall(r'^\| `(\w+\.py)` \| .+ \| `(\w+\.py)[ `]', page, re.M)
+    assert all(name == command for name, command in rows)
+    tools = {
+        path.name for path in (ROOT / 'tools/analysis_tools').glob('*.py')
+    }
+    assert {name for name, _ in rows} == tools

@@ -148,8 +148,29 @@ def test_source_distribution_installs_and_works(source, tmp_path):
     assert (site / 'mmstabvim/ops/selective_scan/fused.cpp').is_file()
 
 
-def test_metadata_are_fit_for_an_index(metadata):
+def test_links_of_the_readme_become_absolute(source, tmp_path):
     """Without the files beside it, a relative link leads nowhere."""
+    tree = tmp_path / 'tree'
+    shutil.copytree(source, tree)
+    (tree / 'README.md').write_text(
+        '[![b](docs/b.svg)](docs/b.md) [`a`](a.md#x) [c](#c) [d](https://d.e)\n'
+        '<img src="docs/e.png" alt="e"> <a href="mailto:f@g.h">f</a> [i][i]\n'
+        '`list[0](key)`\n\n```python\nx = layers[0](tokens)\n```\n\n[i]: j.md'
+    )
+    python('setup.py', '-q', 'egg_info', cwd=tree)
+    info = (tree / 'mmstabvim.egg-info' / 'PKG-INFO').read_text()
+    home = 'https://github.com/mmstabvim/mmstabvim'
+    assert info.partition('\n\n')[2].strip() == (
+        f'[![b]({home}/raw/main/docs/b.svg)]({home}/blob/main/docs/b.md) '
+        f'[`a`]({home}/blob/main/a.md#x) [c](#c) [d](https://d.e)\n'
+        f'<img src="{home}/raw/main/docs/e.png" alt="e"> '
+        '<a href="mailto:f@g.h">f</a> [i][i]\n'
+        '`list[0](key)`\n\n```python\nx = layers[0](tokens)\n```\n\n'
+        f'[i]: {home}/blob/main/j.md'
+    )
+
+
+def test_metadata_are_fit_for_an_index(metadata):
     text = metadata.get_payload()
     links = re.findall(r'\]\(([^)\s]+)\)', text)
     assert links
@@ -172,6 +193,52 @@ def test_editable_install_links(source, tmp_path):
     for name in ('configs', 'tools', 'model-index.yml'):
         assert (mim / name).is_symlink()
         assert (mim / name).samefile(tree / name)
+
+
+def pip(environment, *args):
+    """Run pip for an environment that has none."""
+    args = ('-m', 'pip', '--python', environment / 'bin' / 'python', *args)
+    return python(*args, cwd=environment)
+
+
+def test_mim_finds_an_editable_install(source, tmp_path):
+    """A link, which pip removes without touching what it leads to."""
+    tree = tmp_path / 'tree'
+    shutil.copytree(source, tree)
+    python('setup.py', '-q', 'editable_wheel', '-d', tmp_path, cwd=tree)
+    (editable,) = tmp_path.glob('*.whl')
+    environment = tmp_path / 'env'
+    python('-m', 'venv', '--without-pip', environment, cwd=tmp_path)
+    pip(environment, 'install', '--no-index', '--no-deps', editable)
+    (site,) = environment.glob('lib/python*/site-packages')
+    for _ in range(2):  # again over what is there
+        tool = [
+            environment / 'bin' / 'python',
+            tree / 'tools/link_editable.py',
+        ]
+        subprocess.run(tool, check=True, capture_output=True)
+    assert (site / 'mmstabvim').samefile(tree / 'mmstabvim')
+    assert (site / 'mmstabvim/.mim/model-index.yml').is_file()
+    (record,) = site.glob('*.dist-info/RECORD')
+    assert record.read_text().splitlines().count('mmstabvim,,') == 1
+    before = files_below(tree)
+    pip(environment, 'uninstall', '--yes', 'mmstabvim')
+    assert not list(environment.glob('lib/*/site-packages/*mmstabvim*'))
+    assert files_below(tree) == before
+
+
+def test_only_an_editable_install_is_linked(wheel, tmp_path):
+    environment = tmp_path / 'env'
+    python('-m', 'venv', '--without-pip', environment, cwd=tmp_path)
+    link = [environment / 'bin' / 'python', ROOT / 'tools/link_editable.py']
+    done = subprocess.run(link, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'pip install -e .' in done.stderr
+    pip(environment, 'install', '--no-index', '--no-deps', wheel)
+    done = subprocess.run(link, capture_output=True, text=True, check=True)
+    assert 'no editable install' in done.stdout
+    (package,) = environment.glob('lib/python*/site-packages/mmstabvim')
+    assert not package.is_symlink()
 
 
 def version():
@@ -210,25 +277,20 @@ def test_openmmlab_is_the_users_choice(metadata):
     assert 'onedl-mmengine' in required(metadata, 'onedl')
 
 
-KNOWN = {
-    'mmcv': ['2.0.0', '2.0.1', '2.1.0', '2.2.0', '2.3.6', '2.4.0'],
-    'mmengine': ['0.4.0', '0.8.3', '0.10.7', '0.11.0', '1.0.0', '1.1.0'],
-}
-
-
-@pytest.mark.parametrize('package', KNOWN)
+@pytest.mark.parametrize('package', ['mmcv', 'mmengine'])
 @pytest.mark.parametrize('toolkit', ['mmpretrain', 'mmseg'])
 def test_ranges_suit_what_the_toolkits_assert(metadata, toolkit, package):
     """Whatever version pip picks, the toolkit does not refuse it."""
-    if any(name.startswith('onedl') for name in stack.installed(toolkit)):
-        pytest.skip('the fork asserts its own')
-    low, high = stack.accepted_versions(toolkit, package)
-    declared = required(metadata, 'lite')
+    fork = any(name.startswith('onedl') for name in stack.installed(toolkit))
+    asserted = stack.accepted_versions(toolkit, package)
+    if asserted is None:
+        assert fork  # its MMSegmentation accepts any
+        return
+    declared = required(metadata, 'onedl' if fork else 'lite')
     name = next(n for n in declared if n in stack.DISTRIBUTIONS[package])
-    allowed = list(declared[name].filter(KNOWN[package]))
-    assert allowed
-    for version in allowed:
-        assert Version(low) <= Version(version) < Version(high)
+    bounds = {s.operator: Version(s.version) for s in declared[name]}
+    assert Version(asserted[0]) <= bounds['>=']
+    assert bounds['<'] <= Version(asserted[1])
 
 
 def pins(name, python_version):
@@ -336,6 +398,19 @@ def test_demos_train_configs_that_are_there(tmp_path, target):
     assert Path(config).stem == folder
     assert ('scenes' in folder) == (target == 'demo-seg')
     assert re.search(rf'^make {target} ', make('help').stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize('stack', ['lite', 'onedl'])
+def test_latest_is_an_environment_without_pins(tmp_path, metadata, stack):
+    """Of a stack that is declared; the chosen tests are there."""
+    done = make('-n', 'test-latest', f'STACK={stack}', f'LATEST={tmp_path}/x')
+    assert f"pip install -e '.[{stack},test]'" in done.stdout
+    assert 'requirements/' not in done.stdout
+    assert stack in metadata.get_all('Provides-Extra')
+    chosen = re.findall(r'tests/\S+\.py', done.stdout)
+    assert chosen
+    assert all((ROOT / path).is_file() for path in chosen)
+    assert re.search('^make test-latest ', make('help').stdout, re.MULTILINE)
 
 
 def test_ci_runs_make_test(tmp_path):

@@ -16,7 +16,9 @@ class CheckSegMap(BaseTransform):
     out of the test pipeline and leave the rest.
 
     Args:
-        num_classes (int): Labels 0 to ``num_classes - 1`` are allowed.
+        num_classes (int): Labels 0 to ``num_classes - 1`` are allowed: 2 for
+            background and foreground, also where the head has
+            ``num_classes=1``.
         ignore_index (int): And this one. Defaults to 255.
 
     Raises:
@@ -53,10 +55,12 @@ class CheckSegMap(BaseTransform):
         labels = np.flatnonzero(np.bincount(mask.ravel()))
         allowed = (labels < self.num_classes) | (labels == self.ignore_index)
         if not allowed.all():
+            few = '; num_classes of CheckSegMap is 2 for two classes'
             raise ValueError(
                 f'{_name(results)}: labels must be 0 to '
                 f'{self.num_classes - 1} or {self.ignore_index} (ignored), '
                 f'got {labels[~allowed].tolist()}'
+                + (few if self.num_classes == 1 else '')
             )
         return results
 

@@ -18,7 +18,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmstabvim import compat, registry
+from mmstabvim import compat, registry, stack
 from mmstabvim.engine.config_file import read_config
 from mmstabvim.engine.mistakes import SettingError, UnknownTypeError, run_tool
 from mmstabvim.engine.schedule import fit_to_runner
@@ -174,6 +174,7 @@ def read_settings(path: str, options: dict[str, Any]) -> Config:
         ValueError: If a setting has no effect, or a wrong value.
     """
     cfg, file = read_config(path)
+    _check_toolkit(cfg.get('default_scope'))
     merge_options(cfg, options)
     check_file_settings(cfg, file)
     check_values(cfg)
@@ -182,6 +183,18 @@ def read_settings(path: str, options: dict[str, Any]) -> Config:
             f'config file {path!r} must have a model, got {sorted(cfg)}'
         )
     return cfg
+
+
+def _check_toolkit(scope: str | None) -> None:
+    """Refuse a toolkit that cannot be imported.
+
+    mmengine goes on without it, and then does not find the first type of it.
+    """
+    problem = stack.find_problem(scope) if scope in stack.NEEDS else None
+    if problem is not None:
+        raise SettingError(
+            f'default_scope={scope!r} cannot be used: {problem}'
+        )
 
 
 def require(cfg: Config, *names: str) -> None:

@@ -413,7 +413,7 @@ def _refuse_or_warn(
         )
     if name == 'data_preprocessor':
         return
-    near = difflib.get_close_matches(name, sorted(read), 1, 0.85)
+    near = difflib.get_close_matches(name, sorted(read), 1, 0.9)
     if near:
         raise SettingError(
             f'{file.path}: nothing reads {name!r}; near names: {near[0]}'

@@ -52,6 +52,11 @@ def test_bad_mask(mask, message):
         CheckSegMap(num_classes=3)(results(mask))
 
 
+def test_one_class_means_two_labels():
+    with pytest.raises(ValueError, match='CheckSegMap is 2 for two classes'):
+        CheckSegMap(num_classes=1)(results([[0, 1, 0], [0, 0, 255]]))
+
+
 def test_other_ignored_label():
     check = CheckSegMap(num_classes=3, ignore_index=9)
     check(results([[0, 9, 0], [0, 0, 0]]))

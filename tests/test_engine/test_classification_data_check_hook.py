@@ -1,17 +1,25 @@
 """What the check of classification data refuses, and what it lets pass."""
 
+import json
 import logging
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from mmengine.config import Config
-from mmengine.dataset import ConcatDataset, RepeatDataset
+from mmengine.dataset import (
+    ClassBalancedDataset,
+    ConcatDataset,
+    RepeatDataset,
+)
 from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner as MMRunner
 from small_runs import digits_config, train
 from torch import nn
+from torch.utils.data import Subset
 
-from mmstabvim import ClassificationDataCheckHook
+from mmstabvim import ClassificationDataCheckHook, Digits
 
 CLASSES = ('ant', 'bee', 'cat')
 PIPELINE = [
@@ -108,12 +116,84 @@ def test_an_empty_folder_cures_it(root):
     assert train(config(root)).iter == 3
 
 
-def test_one_hot_labels(root):
+@pytest.mark.parametrize('number', [5, None])
+def test_one_hot_labels(root, number):
     """A mixup needs the number of classes in the preprocessor too."""
     cfg = config(root)
-    cfg.data_preprocessor.update(num_classes=5, to_onehot=True)
-    with pytest.raises(ValueError, match=r'data_preprocessor\.num_classes'):
+    cfg.data_preprocessor.update(num_classes=number, to_onehot=True)
+    message = rf'data_preprocessor\.num_classes must be 3.*got {number}'
+    with pytest.raises(ValueError, match=message):
         train(cfg)
+
+
+def test_number_of_classes_of_the_loss(root):
+    for argument, loss in dict(
+        num_classes=dict(type='LabelSmoothLoss', label_smooth_val=0.1),
+        class_weight=dict(type='CrossEntropyLoss'),
+    ).items():
+        cfg = config(root)
+        wrong = 4 if argument == 'num_classes' else [1.0] * 4
+        cfg.model.head['loss'] = {**loss, argument: wrong}
+        message = rf'model\.head\.loss\.{argument} must be 3.*got 4'
+        with pytest.raises(ValueError, match=message):
+            train(cfg)
+
+
+def test_more_classes_counted_than_there_are(root):
+    topk = {'val_evaluator.topk': (1, 5)}
+    message = r'val_evaluator\.topk must be at most 3.*got \(1, 5\)'
+    with pytest.raises(ValueError, match=message):
+        train(config(root, **topk))
+
+
+def test_folders_differ_below_the_same_names(root):
+    """Names given by hand do not tell what is in the folders."""
+    (root / 'val/bee').rename(root / 'val/dog')
+    names = {
+        f'{split}_dataloader.dataset.classes': list(CLASSES)
+        for split in ('train', 'val', 'test')
+    }
+    with pytest.raises(ValueError, match="without 'bee' and also 'dog'"):
+        train(config(root, **names))
+
+
+def test_names_that_are_not_those_of_the_folders(root):
+    """Other names pass, as those of ImageNet; another order does not."""
+    for names, error in ((('x', 'y', 'z'), None), (CLASSES[::-1], 'order')):
+        cfg = config(root)
+        for split in ('train', 'val', 'test'):
+            cfg[f'{split}_dataloader'].dataset.classes = names
+        if error is None:
+            assert train(cfg).iter == 3
+            continue
+        message = r'training data \(train_dataloader.*order of the folders'
+        with pytest.raises(ValueError, match=message):
+            train(cfg)
+
+
+def test_test_data_that_are_not_there_yet(root):
+    for path in (root / 'test').glob('*/*'):
+        path.unlink()
+    assert train(config(root)).iter == 3
+
+
+@pytest.mark.parametrize('changed', [None, 'bee', 'all'])
+def test_classes_of_the_weights(root, changed):
+    """Weights are tested on their classes, or on all other names."""
+    cfg = config(root)
+    train(cfg)
+    for name in () if changed is None else CLASSES:
+        if changed in (name, 'all'):
+            # as many, in the same order
+            (root / f'test/{name}').rename(root / f'test/{name}x')
+    cfg.load_from = f'{cfg.work_dir}/epoch_1.pth'
+    cfg.experiment_name = f'test_{changed}'
+    runner = MMRunner.from_cfg(cfg)
+    if changed == 'bee':
+        with pytest.raises(ValueError, match=r"those of the weights.*'beex'"):
+            runner.test()
+    else:
+        assert runner.test()
 
 
 def test_truncated_and_broken_files(root):
@@ -157,8 +237,38 @@ def test_a_label_beyond_the_classes(root):
     cfg.train_dataloader.dataset.update(
         ann_file='list.txt', data_prefix='train', classes=list(CLASSES)
     )
-    with pytest.raises(ValueError, match=r'labels must be 0 to 2.*got 0 to 7'):
+    with pytest.raises(
+        ValueError, match=r'labels must be 0 to 2.*got 7 of .*bee/0\.png'
+    ):
         train(cfg)
+
+
+def test_whole_jpegs_with_something_behind(root):
+    """As cameras write them; without their end they are refused."""
+    write(root / 'train', suffix='.jpg')
+    path = root / 'train/bee/1.jpg'
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'\0' * 9999)
+    assert train(config(root)).iter == 6
+    path.write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match=r'bee/1\.jpg is truncated'):
+        train(config(root))
+
+
+@pytest.mark.usefixtures('_scope')
+def test_formats_that_only_the_pipeline_knows(root):
+    """OpenCV reads three channels of floats, Pillow does not."""
+    path = root / 'train/ant/0.tif'
+    cv2.imwrite(str(path), np.ones((6, 8, 3), np.float32))
+    (root / 'list.txt').write_text('ant/0.tif 0\n')
+    cfg = config(root).train_dataloader.dataset
+    cfg.update(ann_file='list.txt', classes=CLASSES)
+    hook = ClassificationDataCheckHook()
+    cfg.pipeline[0].color_type = 'unchanged'
+    hook.before_train(Runner(DATASETS.build(cfg), Model(3)))
+    cfg.pipeline[0].color_type = 'color'
+    with pytest.raises(ValueError, match=r'0\.tif cannot be read as image'):
+        hook.before_train(Runner(DATASETS.build(cfg), Model(3)))
 
 
 class Model(nn.Module):
@@ -175,30 +285,114 @@ class Runner:
     val_loop = None
     cfg = Config()
     logger = logging.getLogger('check')
+    evaluator = SimpleNamespace(metrics=[])
 
     def __init__(self, dataset, model):
         self.train_dataloader = self.test_dataloader = self
+        self.test_loop = self.dataloader = self
         self.dataset, self.model = dataset, model
 
 
 @pytest.fixture
-def dataset(root):
+def _scope():
     import mmpretrain  # noqa: F401
 
     init_default_scope('mmpretrain')
+
+
+@pytest.fixture
+def dataset(root, _scope):
     return DATASETS.build(config(root).train_dataloader.dataset)
 
 
-@pytest.mark.parametrize('wrap', ['repeat', 'concat'])
+def wrapped(dataset, wrap):
+    from mmpretrain.datasets import KFoldDataset
+
+    if wrap == 'k-fold':
+        # it takes the classes of its configuration only
+        dataset = KFoldDataset(
+            dict(
+                type='CustomDataset',
+                data_root=dataset.data_root,
+                data_prefix='train',
+            ),
+            num_splits=3,
+        )
+        return dataset
+    return {
+        'repeat': lambda: RepeatDataset(dataset, 2),
+        'concat': lambda: ConcatDataset([dataset, dataset]),
+        'balanced': lambda: ClassBalancedDataset(dataset, 0.1),
+        'subset': lambda: Subset(dataset, [0, 1]),
+    }[wrap]()
+
+
+@pytest.mark.parametrize(
+    'wrap', ['repeat', 'concat', 'balanced', 'k-fold', 'subset']
+)
 def test_wrapped_datasets(dataset, wrap):
-    if wrap == 'repeat':
-        wrapped = RepeatDataset(dataset, 2)
-    else:
-        wrapped = ConcatDataset([dataset, dataset])
+    data = wrapped(dataset, wrap)
     hook = ClassificationDataCheckHook()
-    hook.before_train(Runner(wrapped, Model(3)))
+    hook.before_train(Runner(data, Model(3)))
     with pytest.raises(ValueError, match=r'head\.num_classes must be 3'):
-        hook.before_train(Runner(wrapped, Model(2)))
+        hook.before_train(Runner(data, Model(2)))
+
+
+def listed(root, labels, kind='CustomDataset', **kwargs):
+    """A dataset by a list of images, without names of classes."""
+    if kind == 'CustomDataset':
+        path = root / 'list.txt'
+        lines = [f'ant/{i}.png {label}' for i, label in enumerate(labels)]
+        path.write_text('\n'.join(lines))
+    else:
+        path = root / 'list.json'
+        entries = [
+            dict(img_path=f'ant/{i}.png', gt_label=label)
+            for i, label in enumerate(labels)
+        ]
+        path.write_text(json.dumps(dict(metainfo={}, data_list=entries)))
+    cfg = dict(
+        type=kind, data_root=str(root), ann_file=path.name, data_prefix='train'
+    )
+    return DATASETS.build(dict(cfg, **kwargs))
+
+
+@pytest.mark.usefixtures('_scope')
+def test_without_names_of_classes(root):
+    """A head must have a class for the highest label at least."""
+    hook = ClassificationDataCheckHook()
+    data = listed(root, [0, 4, 1])
+    for head in (5, 9):
+        hook.before_train(Runner(data, Model(head)))
+    with pytest.raises(ValueError, match=r'num_classes must be 5.*got 4'):
+        hook.before_train(Runner(data, Model(4)))
+    bad = listed(root, [0, -1])
+    with pytest.raises(ValueError, match=r'got -1 of .*ant/1\.png'):
+        hook.before_train(Runner(bad, Model(4)))
+
+
+@pytest.mark.usefixtures('_scope')
+def test_several_labels_of_an_image(root):
+    hook = ClassificationDataCheckHook()
+    kind = 'MultiLabelDataset'
+    for labels in ([[0, 1], [2]], [[0, 2], []]):
+        good = listed(root, labels, kind, classes=CLASSES)
+        hook.before_train(Runner(good, Model(3)))
+    bad = listed(root, [[0, 1], [2, 3]], kind, classes=CLASSES)
+    with pytest.raises(ValueError, match=r'0 to 2.*got 3 of .*ant/1\.png'):
+        hook.before_train(Runner(bad, Model(3)))
+
+
+def test_arrays_and_other_datasets(caplog):
+    """Digits has no files; a stream of pairs is no dataset of MMEngine."""
+    hook = ClassificationDataCheckHook()
+    with caplog.at_level(logging.INFO):
+        hook.before_train(Runner(Digits('test', indices=9), Model(10)))
+        hook.before_train(Runner(iter([(0, 1)]), Model(10)))
+    assert '10 classes fit, 0 files can be read' in caplog.text
+    assert 'not of MMEngine' in caplog.text
+    with pytest.raises(ValueError, match=r'must be 10.*Digits.*got 9'):
+        hook.before_train(Runner(Digits('test', indices=9), Model(9)))
 
 
 def test_models_in_wrappers_and_without_a_number(dataset):

@@ -71,6 +71,48 @@ def test_skipped_batches_do_not_count():
     assert batches[2] == expected
 
 
+class LazyBatches:
+    """As in OneDL's loop: skipped by number, made late, drawing a seed."""
+
+    def __init__(self):
+        self.made, self.skipped = False, 0
+
+    def skip_iter(self, count):
+        self.made, self.skipped = False, self.skipped + count
+
+    def _ensure_iterator(self):
+        if not self.made:
+            self.made = bool(torch.randint(2**31, (1,)) + 1)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._ensure_iterator()
+        return draw()
+
+
+@pytest.mark.parametrize('fast_forward', [False, True])
+def test_batches_skipped_by_number(fast_forward):
+    """The loop asks to skip them, or, to save time, does not."""
+    checkpoint = {}
+    RandomStateHook().before_save_checkpoint(None, checkpoint)
+    expected = draw()
+    hook = RandomStateHook()
+    hook.after_load_checkpoint(None, checkpoint)
+    batches = LazyBatches()
+    resumed = runner(2, batches)
+    resumed.train_loop.fast_forward_on_resume = fast_forward
+    hook.before_train_epoch(resumed)
+    if fast_forward:
+        assert draw() == expected
+        return
+    resumed.train_loop.dataloader_iterator.skip_iter(2)
+    assert next(resumed.train_loop.dataloader_iterator) == expected
+    assert next(resumed.train_loop.dataloader_iterator) != expected
+    assert batches.skipped == 2
+
+
 def test_validation_leaves_training_alone():
     hook, checkpoint = RandomStateHook(), {}
     state = get_random_state()

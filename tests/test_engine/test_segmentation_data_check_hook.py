@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset, RepeatDataset
@@ -81,10 +82,11 @@ def dataset(folder, pipeline=None, **kwargs):
     )
 
 
-def runner(train, model=None, val=None, test=None):
+def runner(train, model=None, val=None, test=None, cfg=None):
     """What the hook reads of a runner."""
     loader = SimpleNamespace(dataset=val)
     return SimpleNamespace(
+        cfg=cfg or {},
         model=model or Model(),
         logger=logging.getLogger('test_segmentation_data_check_hook'),
         train_dataloader=SimpleNamespace(dataset=train),
@@ -109,9 +111,9 @@ def test_good_data_pass_and_are_told(good, caplog):
     with caplog.at_level(logging.INFO):
         check(dataset(good), samples=3, val=dataset(good))
     assert [record.getMessage() for record in caplog.records] == [
-        f'{purpose} data (BaseSegDataset): 5 images; size of 3 masks and '
-        'labels of 3 fit'
-        for purpose in ('training', 'validation')
+        f'{purpose} data ({split}_dataloader.dataset, BaseSegDataset): '
+        '5 images; size of 3 masks and labels of 3 fit'
+        for purpose, split in (('training', 'train'), ('validation', 'val'))
     ]
 
 
@@ -251,6 +253,17 @@ def test_ignored_pixels_and_weighted_classes(good, losses):
         check(dataset(good), model=model)
 
 
+@pytest.mark.parametrize('use_sigmoid', [False, True])
+def test_number_of_weights(good, use_sigmoid):
+    loss = dict(class_weight=[0.5, 1.0], use_sigmoid=use_sigmoid)
+    message = (
+        r'model\.decode_head\.loss_decode\.class_weight must have 3 numbers.*'
+        r'got \[0\.5, 1\.0\]'
+    )
+    with pytest.raises(ValueError, match=message):
+        check(dataset(good), model=Model(with_losses(Head(), loss)))
+
+
 def test_weighted_classes_that_pass(good, tmp_path):
     weighted = Model(with_losses(Head(), WEIGHTED))
     write(tmp_path / 'all', 'a', [0, 1, 2])
@@ -334,6 +347,62 @@ def test_labels_are_decoded_of_few_masks_only(good):
     Path(seen[3]).write_bytes(damaged)
     with pytest.raises(ValueError, match=r'png cannot be decoded'):
         check(dataset(good))
+    hook = SegmentationDataCheckHook(decoded=0)
+    hook.before_train(runner(dataset(good)))
+
+
+def test_images_are_not_decoded(good):
+    """Pillow would, in search of the Exif of a PNG."""
+    Image.new('RGB', (6, 4)).save(good / 'img/c.png')
+    write(good, 'c', [0])
+    whole = (good / 'img/c.png').read_bytes()
+    at = whole.index(b'IDAT') + 4
+    damaged = whole[:at] + b'\0' * 8 + whole[at + 8 :]
+    (good / 'img/c.png').write_bytes(damaged)
+    data = dataset(good, img_suffix='.png')
+    assert len(data) == 1
+    check(data)
+
+
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+def test_masks_that_only_the_pipeline_knows(good, backend):
+    """OpenCV reads a TIFF of float64, Pillow does not."""
+    for path in (good / 'ann').iterdir():
+        cv2.imwrite(str(path.with_suffix('.tif')), np.ones((4, 6)))
+    load = dict(type='LoadAnnotations', imdecode_backend=backend)
+    data = dataset(
+        good, [PIPELINE[0], load, PIPELINE[2]], seg_map_suffix='.tif'
+    )
+    if backend == 'cv2':
+        check(data)
+        return
+    with pytest.raises(ValueError, match=r'ann/a\.tif cannot be read'):
+        check(data)
+
+
+def test_classes_of_the_splits_differ(good):
+    other = dict(classes=('road', 'car', 'tree'))
+    message = (
+        r'val_dataloader\.dataset\.classes must be those of train_dataloader'
+        r".*'road', 'tree', 'car', got 'road', 'car', 'tree'.*another order"
+    )
+    with pytest.raises(ValueError, match=message):
+        check(dataset(good), val=dataset(good, metainfo=other))
+    cfg = dict(
+        type='BaseSegDataset',
+        data_root=str(good),
+        data_prefix=dict(img_path='img', seg_map_path='ann'),
+        metainfo=other,
+        pipeline=PIPELINE,
+    )
+    for metainfo in (other, dict(classes=CLASSES)):
+        cfg['metainfo'] = metainfo
+        loaders = dict(test_dataloader=dict(dataset=cfg))
+        if metainfo is not other:
+            check(dataset(good), cfg=loaders)
+            continue
+        with pytest.raises(ValueError, match=r'test_dataloader\.dataset\.cl'):
+            check(dataset(good), cfg=loaders)
 
 
 class BinaryHead(Head):
@@ -355,8 +424,13 @@ def test_both_forms_of_binary_segmentation(good):
     binary(good, BinaryHead(2, 1, True))
     binary(good, BinaryHead(1, 1, True))
     binary(good, BinaryHead(2, 2, False))
-    for head in (BinaryHead(1, 1, False), BinaryHead(3, 3, False)):
-        with pytest.raises(ValueError, match='num_classes=2, out_channels=1'):
+    for head, argument in (
+        (BinaryHead(1, 1, False), 'loss_decode.use_sigmoid must be True'),
+        (BinaryHead(2, 1, False), 'loss_decode.use_sigmoid must be True'),
+        (BinaryHead(3, 3, False), 'num_classes must be 2'),
+    ):
+        message = rf'model\.decode_head\.{argument}.*num_classes=2, out_ch'
+        with pytest.raises(ValueError, match=message):
             binary(good, head)
     write(good, 'c', [0, 2])
     with pytest.raises(ValueError, match=r'become 0 to 1 or 255.*\[2\]'):
@@ -450,11 +524,12 @@ def test_scenes_that_are_no_files(caplog):
 
 
 @pytest.mark.parametrize(
-    ('samples', 'error'), [(-1, ValueError), (1.0, TypeError)]
+    ('value', 'error'), [(-1, ValueError), (1.0, TypeError)]
 )
-def test_bad_argument(samples, error):
-    with pytest.raises(error, match='samples'):
-        SegmentationDataCheckHook(samples)
+@pytest.mark.parametrize('name', ['samples', 'decoded'])
+def test_bad_argument(name, value, error):
+    with pytest.raises(error, match=f'{name} must be'):
+        SegmentationDataCheckHook(**{name: value})
 
 
 def test_built_by_name():

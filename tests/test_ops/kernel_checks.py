@@ -9,6 +9,7 @@ import tempfile
 
 import pytest
 import torch
+from packaging.version import Version
 
 
 def on_gpu(test):
@@ -118,10 +119,11 @@ def compiled_apart(file, cache):
 
 
 def assert_compiled(found, recorded):
-    """No spills, and with the recorded compiler the recorded registers."""
+    """With the recorded compiler the recorded registers, no spills since."""
     import triton
 
     assert found.keys() == recorded.keys()
-    assert {k: stack for k, (_, stack) in found.items() if stack} == {}
+    if Version(triton.__version__) >= Version('3.6'):
+        assert {k: stack for k, (_, stack) in found.items() if stack} == {}
     if triton.__version__ == '3.6.0':
         assert {k: used for k, (used, _) in found.items()} == recorded

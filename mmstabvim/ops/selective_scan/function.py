@@ -196,10 +196,10 @@ for _name in ('selective_scan', 'selective_scan_triton'):
 
 def _scan_op(scan: Any, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """The operator, with the signature of ``scan_ref``."""
-    keep = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in inputs.tensors
-    )
     *others, reverse, b_disc = inputs
+    keep = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in others
+    )
     # numbers: torch.jit.trace takes no list of bool
     y, last, _ = scan(*others, list(map(int, reverse)), b_disc, keep)
     return y, last
