@@ -200,7 +200,7 @@ def _calls(
     B, C = torch.randn(2, 2, 8, 33, device=device)
     weight = torch.randn(33, 4, device=device)
 
-    def scan(name: str) -> tuple[Tensor, Tensor]:
+    def scan(name: str) -> Any:
         inputs = (u, delta, A, B, C, None, z, bias)
         wanted = selective_scan(*inputs, backend='reference')
         return selective_scan(*inputs, backend=name), wanted
@@ -279,13 +279,13 @@ def parity() -> Lines:
         data = {name: torch.from_numpy(stored[name]) for name in stored.files}
     yield 'Vim block', _verdict(_run_block(data), data['block.output'])
     for case in ('real', 'complex'):
-        inputs = {
+        inputs: dict[str, Any] = {
             k.removeprefix(f'{case}.'): v
             for k, v in data.items()
             if k.startswith(f'{case}.')
         }
         wanted = inputs.pop('output')
-        got = selective_scan(**inputs, delta_softplus=True)
+        got: Any = selective_scan(**inputs, delta_softplus=True)
         yield f'selective scan, {case}', _verdict(got, wanted)
 
 

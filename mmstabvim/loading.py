@@ -229,9 +229,10 @@ def _take_source(report: LoadReport, metadata: dict[str, Any]) -> None:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside of distributed, TTA and compiling wrappers."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return getattr(model, '_orig_mod', model)
+    inner: Any = model
+    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
+        inner = inner.module
+    return getattr(inner, '_orig_mod', inner)
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -245,12 +246,9 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def _state(model: nn.Module, prefix: str = '') -> Iterator[tuple[str, Any]]:
     """Walk a model's state past hooks that leave out part of it."""
-    for name, value in model._parameters.items():
-        if value is not None:
-            yield prefix + name, value
-    for name, value in model._buffers.items():
-        hidden = name in model._non_persistent_buffers_set
-        if value is not None and not hidden:
+    hidden = model._non_persistent_buffers_set
+    for name, value in (*model._parameters.items(), *model._buffers.items()):
+        if value is not None and name not in hidden:
             yield prefix + name, value
     for name, child in model._modules.items():
         if child is not None:
@@ -353,9 +351,9 @@ def _best_prefixes(
         return '', ''
     equal = [pair for pair, count in fits.items() if count == best]
     if len({old for old, _ in equal}) > 1:
-        parts = ' and '.join(repr(old) for old, _ in equal)
+        both = ' and '.join(repr(old) for old, _ in equal)
         raise ValueError(
-            f'the names under {parts} fit equally well: choose one with '
+            f'the names under {both} fit equally well: choose one with '
             "init_cfg=dict(type='Pretrained', checkpoint=..., prefix=...)"
         )
     return equal[0]

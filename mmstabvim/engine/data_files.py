@@ -156,7 +156,7 @@ def _check_end(image: Image.Image) -> None:
     end = ENDS.get(image.format or '')
     if end is None:
         return
-    file: Any = image.fp
+    file: Any = getattr(image, 'fp')  # noqa: B009 - of opened images only
     position = file.tell()
     file.seek(max(file.seek(0, io.SEEK_END) - TAIL, 0))
     found = end in file.read()

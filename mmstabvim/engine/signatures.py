@@ -126,7 +126,7 @@ def _parameters(kind: Any) -> Parameters | None:
     for cls in kind.__mro__:
         if '__init__' not in vars(cls):
             continue
-        own = inspect.signature(cls.__init__).parameters
+        own = inspect.signature(vars(cls)['__init__']).parameters
         found = {**_named(own), **found}
         if not _takes_any(own):
             found.pop('self', None)
