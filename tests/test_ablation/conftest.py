@@ -10,8 +10,7 @@ from mmstabvim.ablation.matrix import load_matrix
 
 FAKE_TRAIN = Path(__file__).with_name('fake_train.py')
 CONFIG = """
-behaviour = {behaviour!r}
-pause = 0.0
+model = dict(behaviour={behaviour!r}, pause=0.0)
 optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3))
 train_cfg = dict(by_epoch=True, max_epochs=4)
 randomness = dict(seed=0)

@@ -1,8 +1,8 @@
 """Stands in for tools/train.py: same options, same files, no training.
 
-Its config says what it does: ``behaviour`` is ``'ok'``, ``'fail'``, ``'nan'``
-(and nothing after it for a minute), ``'back'`` (one NaN, then on),
-``'stubborn'`` or ``'report'``; ``pause`` is the seconds that a step takes.
+Its config says what it does: ``model.behaviour`` is ``'ok'``, ``'fail'``,
+``'nan'`` (and nothing after it for a minute), ``'back'`` (one NaN, then on),
+``'stubborn'`` or ``'report'``; ``model.pause`` is the seconds of a step.
 """
 
 import argparse
@@ -49,7 +49,8 @@ def checkpoint(folder):
 def main():
     args = read_args()
     cfg = settings(args)
-    behaviour, pause = cfg['behaviour'], float(cfg['pause'])
+    model = cfg['model']
+    behaviour, pause = model['behaviour'], float(model['pause'])
     worker = subprocess.Popen(['sleep', '60'])
     (args.work_dir / 'worker').write_text(str(worker.pid))
     path, start = checkpoint(args.work_dir)

@@ -36,22 +36,27 @@ def test_learning_rates(write_matrix):
 
 
 def test_overrides_beat_the_file_and_its_groups(write_matrix):
-    group = dict(configs='fake_ok.py', seeds=[7], cfg_options=dict(pause=1.0))
+    group = dict(
+        configs='fake_ok.py', seeds=[7], cfg_options={'model.pause': 1.0}
+    )
     path = write_matrix(seeds=[5], groups=[group])
     assert [cell.seed for cell in load_matrix(path).cells] == [7]
-    overrides = dict(seeds=[1, 2], lrs=None, cfg_options=dict(pause=2.0))
+    overrides = dict(seeds=[1, 2], lrs=None, cfg_options={'model.pause': 2.0})
     cells = load_matrix(path, overrides).cells
     assert [cell.seed for cell in cells] == [1, 2]
-    assert cells[0].options == dict(pause=2.0)
+    assert cells[0].options == {'model.pause': 2.0}
     assert cells[0].labels == dict(config='fake_ok')
 
 
 def test_labels_with_changes_of_the_config(write_matrix):
-    labels = dict(kind='long', steps={'1': {'pause': 1.0}, '2': None})
+    labels = dict(kind='long', steps={'1': {'model.pause': 1.0}, '2': None})
     path = write_matrix(groups=[dict(configs='fake_ok.py', labels=labels)])
     loaded = load_matrix(path)
     assert names(loaded) == ['long.1.fp32.seed0', 'long.2.fp32.seed0']
-    assert [cell.options for cell in loaded.cells] == [{'pause': 1.0}, {}]
+    assert [cell.options for cell in loaded.cells] == [
+        {'model.pause': 1.0},
+        {},
+    ]
     assert loaded.orders == dict(kind=['long'], steps=['1', '2'])
 
 
@@ -74,7 +79,7 @@ def test_hash_follows_all_that_matters(write_matrix):
         *hashes(seeds=[1]),
         *hashes(precisions=['bf16']),
         *hashes(lrs=[1.0]),
-        *hashes(cfg_options={'pause': 9.0}),
+        *hashes(cfg_options={'model.pause': 9.0}),
     ]
     assert len({plain, *different}) == 5
 
@@ -106,7 +111,7 @@ def test_divergence_hook_is_noticed(write_matrix):
         (dict(seeds=[]), r'seeds wants a list, got \[\]'),
         (dict(precisions=['fp8']), "one of fp32, bf16, fp16, got 'fp8'"),
         (dict(cfg_options={'pausee': 1}), "no 'pausee'"),
-        (dict(cfg_options={'pause': {'a': 1}}), 'command line'),
+        (dict(cfg_options={'model.pause': {'a': 1}}), 'command line'),
         (dict(baseline=dict(behaviour='bad')), "got 'bad'"),
         (
             dict(groups=[dict(configs='{x}.py', labels=dict(y=[1]))]),

@@ -97,7 +97,7 @@ def test_a_hook_decides_about_a_divergence(
     path = write_matrix(['back']).with_name('fake_back.py')
     hook = f"dict(type='mmstabvim.DivergenceHook', action={action!r})"
     # slow enough that the NaN is seen while it runs
-    plain = path.read_text().replace('pause = 0.0', 'pause = 0.4')
+    plain = path.read_text().replace('pause=0.0', 'pause=0.4')
     path.write_text(f'{plain}custom_hooks = [{hook}]\n')
     code, records = run_file(path.with_name('matrix.py'))
     (record,) = records.values()
@@ -119,14 +119,14 @@ def test_finished_cells_are_kept(start, study):
 
 
 def test_other_configs_replace_results(start, study):
-    start(cfg_options={'pause': 0.0})
+    start(cfg_options={'model.pause': 0.0})
     first = log(study, 'ok.fp32.seed0')
-    _, records = start(cfg_options={'pause': 0.001})
+    _, records = start(cfg_options={'model.pause': 0.001})
     assert records['ok.fp32.seed0']['attempts'] == 1
     assert 'from 0' in log(study, 'ok.fp32.seed0')
     kept = study / run.REPLACED / 'ok.fp32.seed0-1'
     assert (kept / results.LOG).read_text() == first
-    start(cfg_options={'pause': 0.002})
+    start(cfg_options={'model.pause': 0.002})
     assert (study / run.REPLACED / 'ok.fp32.seed0-2').is_dir()
 
 
@@ -149,7 +149,7 @@ def test_interrupt_and_go_on(number, start, study, ctrl_c):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=interrupt).start()
-    options = dict(seeds=[0, 1], cfg_options={'pause': 0.7})
+    options = dict(seeds=[0, 1], cfg_options={'model.pause': 0.7})
     code, records = start(**options)
     assert code == 130
     assert list(records) == ['ok.fp32.seed0']
@@ -173,7 +173,7 @@ def test_nohup_stays_in_force(start):
     try:
         timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP))
         timer.start()
-        assert start(cfg_options={'pause': 0.3})[0] == 0
+        assert start(cfg_options={'model.pause': 0.3})[0] == 0
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -200,7 +200,7 @@ def test_jobs_have_their_gpus_and_threads(start, study, monkeypatch):
     monkeypatch.setattr(job, 'usable_cores', lambda: 6)
     start(
         seeds=[0, 1, 2],
-        cfg_options={'pause': 0.2},
+        cfg_options={'model.pause': 0.2},
         settings=dict(gpus='5, GPU-x'),
     )
     seen = []
@@ -214,7 +214,11 @@ def test_jobs_have_their_gpus_and_threads(start, study, monkeypatch):
 
 
 def test_jobs_run_at_once(start, study):
-    start(seeds=[0, 1, 2], settings=dict(jobs=3), cfg_options={'pause': 0.3})
+    start(
+        seeds=[0, 1, 2],
+        settings=dict(jobs=3),
+        cfg_options={'model.pause': 0.3},
+    )
     found = list(study.glob('cells/*/run_00/vis_data/scalars.json'))
     begun = [path.parents[1].stat().st_ctime for path in found]
     ends = [path.stat().st_mtime for path in found]
