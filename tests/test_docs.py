@@ -475,6 +475,15 @@ def test_every_fence_is_a_block(path):
     assert {b.language for b in found} <= {'python', 'shell', *OUTPUT}
 
 
+@pytest.mark.parametrize(
+    'path', sorted((ROOT / 'docs').glob('*.md')), ids=lambda path: path.name
+)
+def test_lines_are_short(path):
+    """At most 100 columns, rows of tables aside."""
+    lines = path.read_text().splitlines()
+    assert not [x for x in lines if len(x) > 100 and not x.startswith('|')]
+
+
 def test_exceptions_are_needed():
     """Each stands for a block that is there, and a test that is there."""
     code = '\n'.join(block.code for block in PYTHON)
