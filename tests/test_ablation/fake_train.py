@@ -37,7 +37,11 @@ def settings(args):
     found = runpy.run_path(args.config)
     for option in args.cfg_options:
         name, _, value = option.partition('=')
-        found[name] = value
+        *path, last = name.split('.')
+        part = found
+        for key in path:
+            part = part[key]
+        part[last] = value
     return found
 
 
