@@ -8,7 +8,7 @@ else does not fit is in one summary.
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
@@ -425,13 +425,22 @@ def _count(
                 shapes = f'{tuple(old)} -> {tuple(value.shape)}'
                 report.resized.append(f'{name} {shapes}')
     kept = {value.data_ptr() for value in state.values()}
+    # a module that takes an entry and adds others has converted it
+    added = [name for name in state if name not in before]
     report.unused += [
         name
         for name, value in {**before, **state}.items()
         if name not in own
         and 'num_batches_tracked' not in name
         and (name in state or value.data_ptr() not in kept)
+        and not (name not in state and _has_below(added, name))
     ]
+
+
+def _has_below(names: Iterable[str], name: str) -> bool:
+    """Look for a name in the module that a weight belongs to."""
+    module = name.rpartition('.')[0]
+    return any(other.startswith(f'{module}.') for other in names if module)
 
 
 def _check(

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS
 
 from mmstabvim import check_env
 from mmstabvim.models.vim_checkpoint import from_official
 from mmstabvim.ops import native
+
+
+GOLDENS = Path(__file__).parent / 'data' / 'goldens'
 
 
 def stored_numbers():
@@ -142,9 +144,9 @@ def test_without_openmmlab():
         '        raise m.PackageNotFoundError(name)\n'
         '    return real(name)\n'
         'm.version = version\n'
-        'import importlib.util as u\n'
-        'find = u.find_spec\n'
-        'u.find_spec = (\n'
+        'from importlib.machinery import PathFinder\n'
+        'find = PathFinder.find_spec\n'
+        'PathFinder.find_spec = (\n'
         '    lambda n, *a: None if n == "mmengine" else find(n, *a))\n'
         'from mmstabvim import check_env\n'
         'check_env.SECONDS = 0\n'

@@ -264,6 +264,10 @@ def fill_in(command, names):
 def load_tool(script, monkeypatch):
     path = ROOT / script
     monkeypatch.syspath_prepend(str(path.parent))
+    # a second copy would register its classes a second time
+    loaded = sys.modules.get(path.stem)
+    if getattr(loaded, '__file__', None) == str(path):
+        return loaded
     spec = importlib.util.spec_from_file_location(path.stem, path)
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
