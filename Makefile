@@ -9,6 +9,8 @@
 # Another Python: make demo PYTHON=python3.11
 
 PYTHON ?= python3
+# tools/dist_train.sh has a variable of that name
+unexport PYTHON
 VENV ?= .venv
 # two workers; `make test PYTEST_ARGS="-n 0 -x"` for one that stops at a failure
 PYTEST_ARGS ?= -n 2
