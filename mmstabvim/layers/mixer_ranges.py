@@ -17,7 +17,6 @@ from mmstabvim.layers.selective_ssm import SelectiveSSM, run_directions
 from mmstabvim.layers.state_matrix import (
     FullStateMatrix,
     ScanMatrices,
-    StateMatrix,
 )
 from mmstabvim.ops import causal_conv1d_directions, gated_merge
 from mmstabvim.ops.selective_scan.discretization import phi1
@@ -29,9 +28,7 @@ from mmstabvim.stability.certified_ranges import (
     rounding_slack,
     scan_ranges,
 )
-from mmstabvim.stability.eigenbasis import decompose
 from mmstabvim.stability.spectral import numerical_abscissa
-from mmstabvim.stability.weight_norms import spectral_norm
 
 SHARED = ('normed', 'x', 'z', 'merged', 'out')
 """Tensors of a mixer that its directions share."""
@@ -207,16 +204,8 @@ def _whole_state(
 
 
 def _logarithmic_norm(matrix: FullStateMatrix) -> Tensor:
-    """A bound on it for the matrices that the scan runs with, (groups,)."""
-    dense = StateMatrix.dense(matrix)
-    wide = dense.double().cpu()
-    basis = decompose(wide, matrix.kappa_max, dense.dtype)
-    moved = basis.perturbation * spectral_norm(wide)
-    rate = numerical_abscissa(matrix.dense().double().cpu())
-    if matrix.reparametrizations:
-        # clamped after the perturbation: another matrix
-        return torch.where(moved > 0, torch.inf, rate)
-    return rate + moved
+    """Of the matrices that the scan runs with, (groups,)."""
+    return numerical_abscissa(matrix.dense().double().cpu())
 
 
 def _basis_changes(direction: SelectiveSSM) -> ScanMatrices | None:

@@ -1,5 +1,7 @@
 """One direction of the mixer: convolution, projections, selective scan."""
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmstabvim.layers.state_matrix import ScanMatrices, build_state_matrix
+from mmstabvim.log import print_log
 from mmstabvim.ops import causal_conv1d_directions, selective_scan_directions
 from mmstabvim.stability.eigenbasis import matrix_exponential_scan
 
@@ -135,7 +138,8 @@ def run_directions(directions: Sequence[SelectiveSSM], x: Tensor) -> Tensor:
         for k, d in enumerate(directions)
     ]
     usable = [system for system in systems if system is not None]
-    if len(usable) == len(systems):
+    alike = len({system.A.dtype for system in usable}) == 1
+    if alike and len(usable) == len(systems):
         return _scan(directions, u, delta, usable)
     each = zip(directions, u, delta, B, C, systems, strict=True)
     return torch.stack([_scan_alone(*given) for given in each])
@@ -153,10 +157,14 @@ def _scan(
     delta: Tensor,
     systems: Sequence[ScanMatrices],
 ) -> Tensor:
-    """All directions at once."""
-    first = directions[0]
+    """All directions at once, in the precision of A."""
+    first, backend, dtype = directions[0], directions[0].backend, u.dtype
     A, B, C = (torch.stack(m) for m in zip(*systems, strict=True))
-    return selective_scan_directions(
+    if A.dtype == torch.complex128:
+        u, delta = u.double(), delta.double()
+        if u.is_cuda and backend == 'auto':
+            backend = _in_double()
+    y = selective_scan_directions(
         u,
         delta,
         A,
@@ -167,8 +175,22 @@ def _scan(
         delta_softplus=True,
         reverse=[d.reverse for d in directions],
         b_disc=first.b_disc,
-        backend=first.backend,
+        backend=backend,
     )
+    return y.to(dtype)
+
+
+@functools.cache
+def _in_double() -> str:
+    """The backend of a GPU for double precision."""
+    print_log(
+        'the eigenvectors of a full state matrix need complex128, which the '
+        'Triton kernels do not have: its layers run with PyTorch operations, '
+        'many times slower. EigenvalueClampingHook keeps the condition number '
+        'below kappa_max',
+        level=logging.WARNING,
+    )
+    return 'cpu'
 
 
 def _scan_alone(

@@ -1,7 +1,6 @@
 """Dense state matrices: their eigenbasis, and the scan that needs none."""
 
-import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,122 +9,192 @@ from mmstabvim.stability.inputs import (
     check_choice,
     check_finite,
     dense,
-    perturbation,
     real_dtype,
 )
 
-EXACT, PERTURBED, FAILED = 0, 1, 2
+COMPLEX64, COMPLEX128, EXPONENTIAL = 0, 1, 2
+KINDS = ('complex64', 'complex128', 'exponential')
+"""How the scan runs with a matrix, in the order of these numbers."""
 
-_PERTURBATIONS = (1e-3, 1e-2, 1e-1)
-"""Of a matrix with an ill-conditioned eigenbasis, relative to its norm."""
+KAPPA_LIMIT = 1e11
+"""Condition number up to which a scan in complex128 is right to 2e-5."""
+
+_GRADIENT_ERROR = 0.1
+"""Largest ``u kappa^2 / gap`` for which a gradient with respect to A is taken
+through the eigenvectors, u the rounding of the scan. Seen are errors of a
+twentieth of it, at most of twice."""
+
+_SINGLE_GAP, _DOUBLE_GAP = 3.5e-5, 1.5e-9
+"""Least relative distance of two eigenvalues for the same, in complex64 and
+in complex128."""
+
+_SEPARATION = 1e-8  # relative to the norm; rounding to float32 is 6e-8
 
 
 class Eigenbasis(NamedTuple):
-    """Eigendecomposition ``A + E = X diag(lambda) X^-1`` of each matrix."""
+    """Eigendecomposition ``A = X diag(lambda) X^-1`` of each matrix.
+
+    Every number is of ``A`` itself; nothing is perturbed.
+    """
 
     eigenvalues: Tensor
     """(..., N), complex128, 1/step."""
     vectors: Tensor
     """(..., N, N), complex128, unit columns: the X above."""
+    inverse: Tensor
+    """(..., N, N), complex128; the identity where X cannot be inverted."""
     condition: Tensor
-    """(...), float64, 2-norm condition number of ``vectors``, no gradient."""
-    kind: Tensor
-    """(...), int8: ``EXACT`` (E = 0), ``PERTURBED`` or ``FAILED``."""
-    perturbation: Tensor
-    """(...), float64, ``||E|| / ||A||``."""
+    """(...), float64, 2-norm condition number of ``vectors``, >= 1."""
+    gap: Tensor
+    """(...), float64, least distance of two eigenvalues over ``norm``."""
+    cosine: Tensor
+    """(...), float64, in [0, 1]: least ``|y^H x|`` of a left and a right unit
+    eigenvector; 1 for a normal matrix, 0 for a defective one."""
+    norm: Tensor
+    """(...), float64, Frobenius norm of A; 1 for the zero matrix."""
 
-    @property
-    def ok(self) -> Tensor:
-        """(...), bool: False where the matrix exponential is needed."""
-        return self.kind != FAILED
+    def kind(self, kappa_max: float = 1e3, gradient: bool = False) -> Tensor:
+        """Choose the arithmetic of the scan for each matrix.
+
+        Args:
+            kappa_max (float): Condition number up to which complex64 is
+                used. Defaults to 1e3.
+            gradient (bool): The gradient with respect to A is wanted too,
+                which loses ``u kappa^2 / gap``, more than the values do.
+                Defaults to False.
+
+        Returns:
+            Tensor: (...), int8, of :data:`KINDS`.
+        """
+        single = self.condition <= kappa_max
+        double = self.condition <= KAPPA_LIMIT
+        if gradient:
+            single = single & (self.gap >= _SINGLE_GAP)
+            gap = self.gap.clamp(min=_DOUBLE_GAP)  # as separated() makes it
+            lost = self.condition.square() / gap
+            single = single & (lost * 6e-8 <= _GRADIENT_ERROR)
+            double = double & (lost * 2.2e-16 <= _GRADIENT_ERROR / 10)
+        kind = torch.where(double, COMPLEX128, EXPONENTIAL)
+        return torch.where(single & double, COMPLEX64, kind).to(torch.int8)
+
+    def separated(self) -> Tensor:
+        """Eigenvalues for a scan in complex128 whose gradient is wanted.
+
+        Where some coincide (the scan then has a gradient, the eigenvectors
+        have none), those of that matrix are moved apart, downward, by
+        ``1e-8 ||A||`` in all: less than its parameters are rounded by.
+
+        Returns:
+            Tensor: (..., N), complex128, 1/step.
+        """
+        size = self.eigenvalues.shape[-1]
+        place = torch.arange(size, dtype=self.norm.dtype)
+        step = _SEPARATION * self.norm[..., None] * place / max(size - 1, 1)
+        close = (self.gap < _DOUBLE_GAP)[..., None]
+        return self.eigenvalues - torch.where(close, step, 0.0)
 
 
-def decompose(
-    A: Tensor,
-    kappa_max: float = 1e3,
-    precision: torch.dtype = torch.float64,
-) -> Eigenbasis:
-    """Diagonalize matrices, perturbing those that cannot be.
+def decompose(A: Tensor) -> Eigenbasis:
+    """Diagonalize matrices, all in one call, on the CPU in double precision.
 
-    A scan in complex64 loses ``2e-7 kappa`` and the gradient about
-    ``1e-16 kappa^3`` to the condition number kappa of the eigenvectors, and
-    nothing tells so: LAPACK returns kappa near 1e16 for a defective matrix.
-    A matrix with ``kappa > kappa_max`` is therefore replaced by ``A + E``
-    with a fixed Gaussian E, ``||E|| = 1e-3 ||A||``, 1e-2 or 1e-1, the first
-    that helps. One with (nearly) equal eigenvalues but good eigenvectors has
-    no usable gradient of these: the rounding of the scan is divided by the
-    gap (measured: all of the gradient is lost at a gap of 1e-6 in float32).
-    With the rounding unit u of ``precision``, a gap below ``sqrt(u) / 10`` is
-    opened by a perturbation of ``sqrt(u)``, and the matrix shifted so that
-    its spectral abscissa stays at most that of A. A matrix that nothing
-    helps is marked ``FAILED``; its eigenvalues are those of A, its
-    vectors the identity, both without gradient, and not to be used in a scan.
-
-    All matrices are decomposed in one call on the CPU. Gradients flow by
-    plain autograd; they are right for functions that do not depend on the
-    scale of an eigenvector, such as the scan.
+    A scan in complex64 loses ``2e-7 kappa`` to the condition number kappa of
+    the eigenvectors, one in complex128 ``2e-16 kappa``, and nothing tells so:
+    LAPACK returns kappa near 1e16 for a defective matrix.
+    :meth:`Eigenbasis.kind` says what each matrix needs.
 
     Args:
         A (Tensor): (..., N, N), real, 1/step.
-        kappa_max (float): Largest condition number, >= 1. Defaults to 1e3.
-        precision (torch.dtype): Real dtype of the scan that will use the
-            basis. Defaults to float64.
 
     Returns:
-        Eigenbasis: On the device of ``A``.
+        Eigenbasis: On the CPU. Eigenvalues and vectors are differentiable
+        (:func:`known_eig`), the rest is not.
 
     Raises:
-        ValueError: If ``A`` is not square, not finite or complex, or
-            ``kappa_max`` below 1.
+        ValueError: If ``A`` is not square, not finite or complex.
 
-    Source: arXiv:2310.01698, Sec. 3.2 (perturb, then diagonalize).
+    Example:
+        >>> A = torch.tensor([[-1.0, 100.0], [0.0, -2.0]])
+        >>> decompose(A).condition.round().item()
+        200.0
     """
     if A.is_complex():
         raise ValueError(f'A must be real, got {A.dtype}')
-    if not kappa_max >= 1:
-        raise ValueError(f'kappa_max must be >= 1, got {kappa_max}')
-    matrix = dense('A', A)
-    size = matrix.shape[-1]
-    flat = matrix.reshape(-1, size, size)
-    separation = math.sqrt(torch.finfo(precision).eps)
-    values, vectors = torch.linalg.eig(flat)
-    with torch.no_grad():
-        condition, gap = condition_number(vectors), eigenvalue_gap(values)
-        norm = _size(flat)
-        relative, failed = torch.zeros_like(norm), torch.zeros_like(norm) > 0
-        ill = ~((condition <= kappa_max) & (gap >= separation / 10 * norm))
-        if ill.any():
-            relative[ill], failed[ill] = _perturb(
-                flat[ill],
-                condition[ill] <= kappa_max,
-                kappa_max,
-                separation,
-            )
-    if ill.any():
-        moved = flat + (relative * norm)[:, None, None] * perturbation(
-            size, flat
-        )
-        # a dead end for gradients: the first pass would put a NaN into them
-        benign = torch.diag(torch.arange(1, size + 1, dtype=flat.dtype))
-        moved = torch.where(failed[:, None, None], benign, moved)
-        own = values.detach()
-        values, vectors = torch.linalg.eig(moved)
-        excess = (values.real.amax(-1) - own.real.amax(-1)).detach()
-        shift = torch.where(relative == separation, excess.clamp(min=0), 0.0)
-        values = torch.where(failed[:, None], own, values - shift[:, None])
-        condition = torch.where(
-            failed, condition, condition_number(vectors.detach())
-        )
-    kind = torch.where(relative > 0, PERTURBED, EXACT)
-    kind = torch.where(failed, FAILED, kind).to(torch.int8)
-    lead = A.shape[:-2]
-    return Eigenbasis(
-        values.reshape(*lead, size).to(A.device),
-        vectors.reshape(A.shape).to(A.device),
-        condition.reshape(lead).to(A.device),
-        kind.reshape(lead).to(A.device),
-        relative.reshape(lead).to(A.device),
+    given = dense('A', A)
+    matrix = given.detach()
+    values, vectors = torch.linalg.eig(matrix)
+    condition = condition_number(vectors)
+    cosine, inverse = eigenvector_cosine(vectors)
+    norm = torch.linalg.matrix_norm(matrix)
+    norm = torch.where(norm == 0, 1.0, norm)
+    gap = eigenvalue_gap(values) / norm
+    if given.requires_grad:
+        values, vectors = known_eig(given, values, vectors)
+    return Eigenbasis(values, vectors, inverse, condition, gap, cosine, norm)
+
+
+class _KnownEig(torch.autograd.Function):
+    """``torch.linalg.eig`` of A with its result given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, eigenvalues: Tensor, vectors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(eigenvalues, vectors)
+        return eigenvalues.clone(), vectors.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, dvalues: Tensor, dvectors: Tensor
+    ) -> tuple[Tensor, None, None]:
+        values, X = ctx.saved_tensors
+        # columns have unit norm, which the second term accounts for
+        inner = X.mH @ dvectors
+        norms = inner.diagonal(dim1=-2, dim2=-1).real
+        inner = inner - (X.mH @ X) * norms[..., None, :]
+        gap = (values[..., None, :] - values[..., :, None]).conj()
+        gap.diagonal(dim1=-2, dim2=-1).fill_(1)
+        inner = inner / gap
+        inner.diagonal(dim1=-2, dim2=-1).copy_(dvalues)
+        return torch.linalg.solve(X.mH, inner @ X.mH).real, None, None
+
+
+def known_eig(
+    A: Tensor, eigenvalues: Tensor, vectors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give a known decomposition of A the gradient of ``torch.linalg.eig``.
+
+    So one decomposition serves many forward passes.
+
+    Args:
+        A (Tensor): (..., N, N), real, 1/step.
+        eigenvalues (Tensor): (..., N), complex, all different, 1/step.
+        vectors (Tensor): (..., N, N), complex, unit columns, in that order.
+
+    Returns:
+        tuple[Tensor, Tensor]: Copies of both. Right for functions that do
+        not depend on the scale of a column; differentiable once.
+    """
+    return _KnownEig.apply(A, eigenvalues, vectors)
+
+
+def eigenvector_cosine(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Least ``|y^H x|`` of left and right unit eigenvectors, and ``X^-1``.
+
+    Args:
+        vectors (Tensor): (..., N, N), complex, unit columns: X.
+
+    Returns:
+        tuple[Tensor, Tensor]: The cosine (...), in [0, 1], 0 where X cannot
+        be inverted, and the inverse (..., N, N), there the identity.
+    """
+    singular = ~(condition_number(vectors) < 1 / torch.finfo(torch.double).eps)
+    eye = torch.eye(vectors.shape[-1]).to(vectors)
+    inverse = torch.linalg.inv(
+        torch.where(singular[..., None, None], eye, vectors)
     )
+    cosine = 1 / torch.linalg.vector_norm(inverse, dim=-1).amax(-1)
+    return torch.where(singular, 0.0, cosine.clamp(max=1.0)), inverse
 
 
 def condition_number(vectors: Tensor) -> Tensor:
@@ -142,39 +211,6 @@ def eigenvalue_gap(eigenvalues: Tensor) -> Tensor:
     distance = (eigenvalues[..., :, None] - eigenvalues[..., None, :]).abs()
     distance.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
     return distance.amin((-2, -1))
-
-
-def _size(A: Tensor) -> Tensor:
-    """Spectral norm that a perturbation refers to; 1 for the zero matrix."""
-    norm = torch.linalg.matrix_norm(A, 2)
-    return torch.where(norm == 0, 1.0, norm)
-
-
-def _perturb(
-    A: Tensor, separate: Tensor, kappa_max: float, separation: float
-) -> tuple[Tensor, Tensor]:
-    """Relative size of the first perturbation that helps, and failures.
-
-    Args:
-        A (Tensor): (M, N, N), float64.
-        separate (Tensor): (M,), bool: only the eigenvalues are too close.
-        kappa_max (float): Largest condition number.
-        separation (float): Perturbation that is tried for these.
-    """
-    relative, todo = A.new_zeros(len(A)), torch.ones(len(A)) > 0
-    norm = _size(A)
-    noise = perturbation(A.shape[-1], A)
-    for step in (separation, *_PERTURBATIONS):
-        index = (todo & separate if step == separation else todo).nonzero()
-        index = index[:, 0]
-        scale = norm[index]
-        moved = A[index] + step * scale[:, None, None] * noise
-        values, vectors = torch.linalg.eig(moved)
-        good = condition_number(vectors) <= kappa_max
-        good &= eigenvalue_gap(values) >= separation / 10 * scale
-        relative[index[good]] = step
-        todo[index[good]] = False
-    return relative, todo
 
 
 def matrix_exponential_scan(

@@ -1,17 +1,91 @@
 """Spectral radius, abscissa and numerical abscissa of small matrices."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmstabvim.stability.eigenbasis import Eigenbasis, eigenvector_cosine
 from mmstabvim.stability.inputs import (
     check_finite,
     check_square,
     dense,
-    perturbation,
     real_dtype,
 )
+
+SMALLEST_COSINE = 1e-4
+"""Least ``|y^H x|`` of left and right unit eigenvectors for which the exact
+gradient of an eigenvalue is used: its norm is one over it."""
+
+
+class _Eigenvalues(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, values: Tensor, vectors: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(A, vectors)
+        return values.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dvalues: Tensor) -> tuple[Tensor, None, None]:
+        A, vectors = ctx.saved_tensors
+        cosine, inverse = eigenvector_cosine(vectors)
+        exact = inverse.mH @ (dvalues[..., None] * vectors.mH)
+        largest = torch.linalg.eigh((A + A.mH) / 2)[1][..., -1:].to(vectors)
+        bounded = dvalues.sum(-1)[..., None, None] * (largest @ largest.mH)
+        good = (cosine >= SMALLEST_COSINE)[..., None, None]
+        grad = torch.where(good, exact, bounded)
+        return grad if A.is_complex() else grad.real, None, None
+
+
+def known_eigenvalues(A: Tensor, basis: Eigenbasis) -> Tensor:
+    """Give known eigenvalues of A the gradient of :func:`eigenvalues`.
+
+    Args:
+        A (Tensor): (..., N, N), float64, on the CPU, 1/step.
+        basis (Eigenbasis): Of ``A``.
+
+    Returns:
+        Tensor: (..., N), complex128, 1/step.
+    """
+    return _Eigenvalues.apply(A, basis.eigenvalues, basis.vectors)
+
+
+def eigenvalues(A: Tensor) -> Tensor:
+    """Eigenvalues of A itself, with gradients that stay bounded.
+
+    With left and right eigenvectors y, x the gradient of an eigenvalue is
+    ``conj(y) x^T / (y^H x)``, of norm ``1 / |cos(y, x)|``. Where the smallest
+    of these cosines of a matrix is below :data:`SMALLEST_COSINE`, nearly
+    defective, each of its eigenvalues is given the gradient of the numerical
+    abscissa instead, of norm 1. The values are the same with and without
+    gradients.
+
+    Args:
+        A (Tensor): (..., N, N), real or complex.
+
+    Returns:
+        Tensor: (..., N), complex128, on the CPU; differentiable, near a
+        defective matrix once.
+
+    Raises:
+        ValueError: If ``A`` is not square or not finite.
+
+    Source: Horn and Johnson, Matrix Analysis, Sec. 6.3.
+
+    Example:
+        >>> eigenvalues(torch.tensor([[0.0, 2.0], [-2.0, 0.0]])).imag.tolist()
+        [2.0, -2.0]
+    """
+    matrix = dense('A', A)
+    # eigvals alone would round differently: one value whoever asks
+    values, vectors = torch.linalg.eig(matrix)
+    if not values.requires_grad:
+        return values
+    if (eigenvector_cosine(vectors.detach())[0] >= SMALLEST_COSINE).all():
+        return values
+    return _Eigenvalues.apply(matrix, values.detach(), vectors.detach())
 
 
 def spectral_radius(A: Tensor) -> Tensor:
@@ -21,7 +95,7 @@ def spectral_radius(A: Tensor) -> Tensor:
     eigenvalue, ``d rho / d A = Re(conj(lambda) / |lambda| conj(y) x^T /
     (y^H x))``; ties share it. Where the eigenvectors are linearly dependent
     there is no gradient: a 2 x 2 matrix then gets that of the mean of its
-    eigenvalues, a larger one that of a matrix 1e-3 away.
+    eigenvalues, a larger one the bounded gradient of :func:`eigenvalues`.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -41,7 +115,7 @@ def spectral_radius(A: Tensor) -> Tensor:
     elif A.shape[-1] == 2 and not A.is_complex():
         radius = _closed_form(matrix)[0]
     else:
-        radius = _extreme_eigenvalue(matrix, torch.abs)
+        radius = eigenvalues(matrix).abs().amax(-1)
     return radius.to(A.device, real_dtype(A))
 
 
@@ -68,7 +142,7 @@ def spectral_abscissa(A: Tensor) -> Tensor:
     elif A.shape[-1] == 2 and not A.is_complex():
         abscissa = _closed_form(matrix)[1]
     else:
-        abscissa = _extreme_eigenvalue(matrix, _real)
+        abscissa = eigenvalues(matrix).real.amax(-1)
     return abscissa.to(A.device, real_dtype(A))
 
 
@@ -202,22 +276,3 @@ def _closed_form(A: Tensor) -> tuple[Tensor, Tensor]:
         discriminant < 0, _safe_sqrt(squared), half_trace.abs() + spread
     )
     return radius * scale, (half_trace + spread) * scale
-
-
-def _extreme_eigenvalue(
-    A: Tensor, measure: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Largest ``measure(lambda)`` of each matrix, float64 on the CPU."""
-    if not (torch.is_grad_enabled() and A.requires_grad):
-        return measure(torch.linalg.eigvals(A)).amax(-1)
-    values, vectors = torch.linalg.eig(A)
-    largest = measure(values).amax(-1)
-    with torch.no_grad():  # the backward pass solves with vectors.mH
-        singular = torch.linalg.lu_factor_ex(vectors.mH).info != 0
-    if not singular.any():
-        return largest
-    size = 1e-3 * torch.linalg.matrix_norm(A.detach(), 2) * singular
-    noise = perturbation(A.shape[-1], A)
-    near = torch.linalg.eigvals(A + size[..., None, None] * noise)
-    near = measure(near).amax(-1)
-    return near + (largest - near).detach()

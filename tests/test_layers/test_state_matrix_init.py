@@ -21,7 +21,7 @@ from mmstabvim.stability import (
     perturb_then_diagonalize,
     s4d_legs_input,
 )
-from mmstabvim.stability.eigenbasis import EXACT, matrix_exponential_scan
+from mmstabvim.stability.eigenbasis import COMPLEX64, matrix_exponential_scan
 
 PAIRS = tuple(S4D_PAIRS)
 FITTING = [(type, init) for init, types in INITS.items() for type in types]
@@ -100,7 +100,8 @@ def test_starts_stable(type, init, d_state):
     """Also in the eigenbasis that the scan runs in."""
     matrix = build(d_state, type=type, init=init)
     width = matrix.numbers * d_state
-    scanned = matrix.scan_matrices(*torch.randn(2, 1, 3, width))
+    with torch.no_grad():
+        scanned = matrix.scan_matrices(*torch.randn(2, 1, 3, width))
     assert matrix.spectral_abscissa().max() < -0.4
     assert scanned.A.real.max() < -0.4
 
@@ -157,7 +158,7 @@ def test_ptd_of_a_full_matrix(block_size, rank, optimize):
     assert not inside.all() or rank == 0
     assert (~inside).sum() == 0 or E[~inside].abs().max() <= 1e-5
     assert matrix.condition() < 100
-    assert matrix._lookup(matrix.dense()).kind == EXACT
+    assert matrix.eigenbasis().kind(1e3, True) == COMPLEX64
 
 
 def test_ptd_of_a_complex_matrix():
@@ -455,10 +456,6 @@ def test_what_fits():
         (
             dict(type='full', init='ptd', kappa_max=10.0),
             r'condition number .*, which kappa_max = 10 refuses',
-        ),
-        (
-            dict(type='full', init='hippo', d_state=20),
-            r'must have real parts of at most -0\.01 in the eigenbasis',
         ),
         (
             dict(type='complex', init='s4d_legs', with_basis=True),

@@ -9,9 +9,11 @@ from mmstabvim.registry import HOOKS
 class EigenvalueClampingHook(StabilizerHook):
     """``Re(lambda) <= -eps`` for every eigenvalue after each optimizer step.
 
-    Acts after :class:`SpectralNormalizationHook` when both are used. The
-    structure of a full matrix, blocks plus low rank, is kept, and the
-    eigenvalues are checked to obey after it.
+    The eigenvectors of a full matrix are kept below ``condition_max`` too, so
+    that ``||exp(t A)|| <= condition_max exp(-eps t)``. Its structure, blocks
+    plus low rank, is kept, and what is stored is checked. Together with
+    :class:`SpectralNormalizationHook` both rules hold, up to ``eps`` more in
+    modulus.
 
     Args:
         domain (str): ``'continuous'``, or ``'discrete'`` for
@@ -25,14 +27,18 @@ class EigenvalueClampingHook(StabilizerHook):
             Defaults to 0.1.
         lambda_max (float, optional): Also ``Re(lambda) >= -lambda_max``.
             Defaults to None.
-        method (str, optional): For full matrices ``'eig'``, ``'schur'`` or
-            ``'shift'``; None is ``'shift'`` in place, ``'eig'`` in the
-            forward pass. Defaults to None.
+        method (str, optional): For full matrices ``'shift'``, or for
+            analysis ``'eig'`` or ``'schur'``, in place only. Defaults to
+            None, for ``'shift'``.
         mode (str): ``'project'`` in place after each step, or ``'reparam'``
             in every forward pass. Defaults to ``'project'``.
         grad (str): With ``'reparam'``, the gradient of a clamped eigenvalue:
             ``'ste'`` passes it straight through, ``'clamp'`` is zero.
             Defaults to ``'ste'``.
+        condition_max (float | str, optional): Of full matrices: largest
+            condition number of the eigenvectors; ``'auto'`` is the matrix's
+            ``kappa_max``, None leaves it out, and then the bound speaks of
+            eigenvalues only. Defaults to ``'auto'``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -50,15 +56,23 @@ class EigenvalueClampingHook(StabilizerHook):
         method: str | None = None,
         mode: str = 'project',
         grad: str = 'ste',
+        condition_max: float | str | None = 'auto',
     ) -> None:
         super().__init__(mode)
-        if mode == 'reparam' and method == 'schur':
+        if mode == 'reparam' and method not in (None, 'shift'):
             raise ValueError(
-                "method 'schur' is not differentiable: choose 'eig' or "
-                "'shift' with mode='reparam'"
+                f'method {method!r} is fitted to blocks and low rank, which '
+                "has no gradient: use method='shift' with mode='reparam'"
             )
         self.rule = EigenvalueClamping(
-            domain, eps, margin, delta_ref, lambda_max, method, grad
+            domain,
+            eps,
+            margin,
+            delta_ref,
+            lambda_max,
+            method,
+            grad,
+            condition_max,
         )
 
     def rule_for(self, name: str, matrix: StateMatrix) -> EigenvalueClamping:

@@ -1,6 +1,10 @@
 """What the hooks that constrain state matrices have in common."""
 
-from collections.abc import Iterator, Mapping
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,34 +14,42 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.optim import Optimizer
 
+from mmstabvim.engine.free_parameters import join, restore, separate
 from mmstabvim.engine.hooks.after_step_hook import (
     AfterStepHook,
+    averages_of,
     optimizers_with,
 )
+from mmstabvim.engine.weight_reparametrization import live_and_average
 from mmstabvim.layers.state_matrix import (
     Constraint,
     StateMatrix,
     check_finite,
+    decompose_together,
     state_matrices,
 )
 from mmstabvim.stability.inputs import check_choice
 
 MODES = ('project', 'reparam')
-CHECKPOINT_KEY = 'projected_by'
+CHECKPOINT_KEY = 'free_state_matrices'
 
 
 class StabilizerHook(AfterStepHook):
     """Make every state matrix of the model obey a rule during training.
 
     ``mode='project'`` changes the parameters in place, once before training
-    (after loading; a resumed run with the same rules has been projected) and
-    then inside each optimizer step, through the optimizer's own post-step
-    hook: a step that accumulates gradients, or that fp16 training skips,
-    projects nothing. Averages kept by ``EMAHook`` are projected before they
-    are evaluated or saved.
+    (after loading) and then inside each optimizer step, through the
+    optimizer's own post-step hook: a step that accumulates gradients, or that
+    fp16 training skips, projects nothing. Averages kept by ``EMAHook`` are
+    projected before they are evaluated or saved.
 
     ``mode='reparam'`` leaves the parameters free and applies the rule in
-    every forward pass, with gradients through it.
+    every forward pass, with gradients through it. Checkpoints hold the
+    parameters that the forward pass used, so that they are the same model
+    without hooks, and the free ones beside them, for resuming.
+
+    The stabilizers of a mode act as one: all their rules hold together
+    afterwards. A matrix with a frozen parameter is left alone.
 
     Args:
         mode (str): ``'project'`` or ``'reparam'``.
@@ -52,7 +64,10 @@ class StabilizerHook(AfterStepHook):
         self.mode = mode
         self.measuring = False
         self.measured: dict[str, dict[str, torch.Tensor]] = {}
-        self._projected_by: list[str] | None = None  # says the checkpoint
+        self._reparametrized = False
+        if mode == 'reparam':
+            # after EMAHook, which exchanges entries of equal names
+            self.priority = 'BELOW_NORMAL'
 
     # ----------------------------------------------------- of a stabilizer
 
@@ -70,23 +85,24 @@ class StabilizerHook(AfterStepHook):
         """Find the matrices, apply the rules once, arm the optimizers."""
         matrices = find_matrices(runner, type(self).__name__)
         self._say_if_idle(matrices)
-        if self.mode == 'reparam':
-            self._install(matrices)
-            return
-        ours = _hooks(runner, 'project')
+        ours = _hooks(runner, self.mode)
         if ours[0] is not self:
-            return  # the first one acts for all, in their order
-        # where two rules act, doing it again can give other matrices
-        resumed = runner._resume and self._projected_by == _rules(ours)
-        if not resumed:
-            project(ours, matrices)
+            return  # the first one acts for all
+        matrices = trained(matrices)
+        if self.mode == 'reparam':
+            install(ours, matrices)
+            self._reparametrized = True
+            return
+        project(ours, matrices)
+        say_if_blended(matrices)
         for optimizer in optimizers_of(runner.optim_wrapper, matrices):
             self.arm(optimizer, lambda: project(ours, matrices))
 
     def before_val(self, runner: Runner) -> None:
         """The rules of the forward pass hold when a model is evaluated."""
-        if self.mode == 'reparam':
-            self._install(find_matrices(runner, type(self).__name__))
+        if self._acts_in(runner, 'reparam'):
+            matrices = find_matrices(runner, type(self).__name__)
+            install(_hooks(runner, 'reparam'), trained(matrices))
 
     def before_test(self, runner: Runner) -> None:
         """As before validation."""
@@ -94,48 +110,48 @@ class StabilizerHook(AfterStepHook):
 
     def act_on_average(self, runner: Runner, model: nn.Module) -> None:
         """Project averages, which of stable matrices may be unstable."""
-        ours = _hooks(runner, 'project')
-        if ours and ours[0] is self:
-            project(ours, state_matrices(model))
+        if self._acts_in(runner, 'project'):
+            # an average has no gradients: what is frozen says the model
+            live = trained(state_matrices(bare_model(runner.model)))
+            own = state_matrices(model)
+            project(_hooks(runner, 'project'), {n: own[n] for n in live})
 
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
-        """Note by what the weights have been projected."""
+        """Save the parameters in use, and the free ones beside them."""
         super().before_save_checkpoint(runner, checkpoint)
-        checkpoint[CHECKPOINT_KEY] = _rules(_hooks(runner, 'project'))
+        if self._acts_in(runner, 'reparam'):
+            matrices = state_matrices(bare_model(runner.model))
+            checkpoint[CHECKPOINT_KEY] = separate(checkpoint, matrices)
 
     def after_load_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the checkpoint's note until it is known who asks."""
-        self._projected_by = checkpoint.get(CHECKPOINT_KEY)
+        """Go back to the free parameters where training goes on."""
+        raw = checkpoint.get(CHECKPOINT_KEY)
+        goes_on = runner._resume or self._reparametrized
+        if not (raw and goes_on and self._acts_in(runner, 'reparam')):
+            return
+        averages = list(averages_of(runner))
+        live, average = live_and_average(raw, bool(averages))
+        join(checkpoint['state_dict'], live)
+        for averaged in averages:
+            restore(state_matrices(averaged.module), average)
+
+    def _acts_in(self, runner: Runner, mode: str) -> bool:
+        """Whether this hook is the one that acts for all of a mode."""
+        ours = _hooks(runner, mode)
+        return bool(ours) and ours[0] is self
 
     # --------------------------------------------------------------- parts
 
-    def apply_(self, matrices: Mapping[str, StateMatrix]) -> None:
-        """Project each matrix in place."""
-        for name, matrix in matrices.items():
-            before = [p.detach().clone() for p in self._measured_of(matrix)]
-            matrix.apply_(self.rule_for(name, matrix))
-            if before:
-                self.measured[name] = _changes(before, matrix.raw())
-
-    def _measured_of(self, matrix: StateMatrix) -> tuple[torch.Tensor, ...]:
-        return matrix.raw() if self.measuring else ()
-
-    def _install(self, matrices: Mapping[str, StateMatrix]) -> None:
-        """Add the rule to the forward pass, in the order of the hooks."""
-        for name, matrix in matrices.items():
-            rule = self.rule_for(name, matrix)
-            others = [
-                r
-                for r in matrix.reparametrizations
-                if type(r) is not type(rule)
-            ]
-            matrix.reparametrizations = sorted(
-                [*others, rule], key=lambda r: r.order
-            )
+    def measure(
+        self, name: str, matrix: StateMatrix, before: Sequence[torch.Tensor]
+    ) -> None:
+        """Note how far a projection went, where somebody looks."""
+        if before:
+            self.measured[name] = _changes(before, matrix)
 
     def _say_if_idle(self, matrices: Mapping[str, StateMatrix]) -> None:
         with torch.no_grad():
@@ -145,8 +161,54 @@ class StabilizerHook(AfterStepHook):
                 f'{type(self).__name__} has nothing to change in this model: '
                 + '; '.join(sorted(map(str, reasons))),
                 logger='current',
-                level=30,
+                level=logging.WARNING,
             )
+
+
+def install(
+    hooks: Sequence[StabilizerHook], matrices: Mapping[str, StateMatrix]
+) -> None:
+    """Put the hooks' rules into the forward pass of these matrices."""
+    for name, matrix in matrices.items():
+        matrix.reparametrizations = [h.rule_for(name, matrix) for h in hooks]
+        matrix.check_reparametrizations(name)
+
+
+def trained(
+    matrices: Mapping[str, StateMatrix],
+) -> dict[str, StateMatrix]:
+    """The matrices without frozen parameters; the others are named once."""
+    frozen = [name for name, m in matrices.items() if m.is_frozen]
+    if frozen:
+        _say_frozen(tuple(frozen))
+    return {n: m for n, m in matrices.items() if not m.is_frozen}
+
+
+@functools.cache
+def _say_frozen(names: tuple[str, ...]) -> None:
+    shown = ', '.join(names[:3]) + (' ...' if len(names) > 3 else '')
+    print_log(
+        f'{len(names)} state matrices have frozen parameters, and the '
+        f'stabilizers leave them alone: {shown}',
+        logger='current',
+        level=logging.WARNING,
+    )
+
+
+def say_if_blended(matrices: Mapping[str, StateMatrix]) -> None:
+    """Say what the condition number of the start has cost."""
+    outcomes = [getattr(m, 'projection', None) for m in matrices.values()]
+    shares = [float(o.blend.amax()) for o in outcomes if o is not None]
+    if max(shares, default=0.0) > 0:
+        print_log(
+            f'{sum(s > 0 for s in shares)} of {len(matrices)} state matrices '
+            'start with eigenvectors of a larger condition number than '
+            'condition_max: they were blended with a normal matrix, by s up '
+            f"to {max(shares):.2f} of 1. init='ptd' is a start that fits; "
+            'condition_max=None leaves the condition number out',
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def find_matrices(runner: Runner, what: str) -> dict[str, StateMatrix]:
@@ -184,30 +246,30 @@ def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:
     )
 
 
-def _rules(hooks: list[StabilizerHook]) -> list[str]:
-    """What the hooks ask for, as text."""
-    return [
-        f'{hook.rule!r}, from_start={getattr(hook, "from_start", False)}'
-        for hook in hooks
-    ]
-
-
 @torch.no_grad()
 def project(
-    hooks: list[StabilizerHook], matrices: Mapping[str, StateMatrix]
+    hooks: Sequence[StabilizerHook], matrices: Mapping[str, StateMatrix]
 ) -> None:
-    """Apply the hooks' rules in place, in this order.
+    """Make matrices obey the rules of all hooks, in place.
 
     Args:
-        hooks (list[StabilizerHook]): What to apply.
-        matrices (Mapping[str, StateMatrix]): To which matrices, by name.
+        hooks (Sequence[StabilizerHook]): Whose rules, in their order.
+        matrices (Mapping[str, StateMatrix]): Which matrices, by name.
 
     Raises:
-        ValueError: If a parameter of a matrix is not finite.
+        ValueError: If a parameter of a matrix is not finite, or a rule
+            cannot be obeyed.
     """
+    if not matrices:
+        return
     check_finite(matrices)
-    for hook in hooks:
-        hook.apply_(matrices)
+    decompose_together(matrices.values())
+    measuring = any(hook.measuring for hook in hooks)
+    for name, matrix in matrices.items():
+        before = tuple(p.detach().clone() for p in matrix.raw() if measuring)
+        rules = [hook.rule_for(name, matrix) for hook in hooks]
+        matrix.apply_(*rules, name=name)
+        hooks[0].measure(name, matrix, before)
 
 
 def optimizers_of(
@@ -219,16 +281,22 @@ def optimizers_of(
 
 
 def _changes(
-    before: list[torch.Tensor], after: tuple[torch.Tensor, ...]
+    before: Sequence[torch.Tensor], matrix: StateMatrix
 ) -> dict[str, torch.Tensor]:
     """How far a projection went, and what share of the numbers it moved."""
-    moved = [(a != b).sum() for a, b in zip(after, before, strict=True)]
-    squares = [
-        (a - b).float().square().sum()
-        for a, b in zip(after, before, strict=True)
-    ]
-    return {
+    pairs = list(zip(matrix.raw(), before, strict=True))
+    moved = torch.stack([(a != b).sum() for a, b in pairs]).sum()
+    squares = [(a - b).float().square().sum() for a, b in pairs]
+    found = {
         'projection_distance': torch.stack(squares).sum().sqrt(),
-        'projected_share': torch.stack(moved).sum()
-        / sum(x.numel() for x in before),
+        'projected_share': moved / sum(b.numel() for b in before),
     }
+    outcome = getattr(matrix, 'projection', None)
+    if outcome is not None:
+        device = before[0].device
+        found |= {
+            'projected_matrices': outcome.moved.sum().to(device),
+            'blend': outcome.blend.amax().to(device),
+            'fit_residual': outcome.residual.amax().to(device),
+        }
+    return found

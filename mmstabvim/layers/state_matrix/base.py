@@ -1,6 +1,6 @@
 """What every parametrization of the state matrix offers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from mmstabvim.layers.state_matrix.constraints import (
     Constraint,
     EigenvalueClamping,
     SpectralNormalization,
+    check_together,
 )
 from mmstabvim.stability.normalization import discrete_shift, radius_scale
 
@@ -133,15 +134,27 @@ class StateMatrix(nn.Module):
 
     def effective(self) -> Params:
         """The parameters that the forward pass uses, float32 or wider."""
-        params = tuple(map(_widen, self.raw()))
-        for rule in self.reparametrizations:
-            if not self.acts_on_eigenvalues(rule):
-                params = rule(self, params)
-        return params
+        return self.obeying(
+            tuple(map(_widen, self.raw())), self.reparametrizations
+        )
 
-    def acts_on_eigenvalues(self, rule: Constraint) -> bool:
-        """Whether the forward pass applies a rule after the parameters."""
-        return False
+    def obeying(
+        self,
+        params: Params,
+        rules: Sequence[Constraint],
+        dtype: torch.dtype | None = None,
+        name: str = '',
+    ) -> Params:
+        """Parameters that obey rules together, differentiable.
+
+        Args:
+            params (tuple): As :meth:`raw`, float32 or wider.
+            rules (Sequence[Constraint]): In the order in which they act.
+            dtype (torch.dtype, optional): That the result will be stored
+                in. Defaults to None, for that of ``params``.
+            name (str): Of the matrix, for errors.
+        """
+        raise NotImplementedError
 
     def eigenvalues(self) -> Tensor:
         """Eigenvalues in use, (rows, d_state), 1/step."""
@@ -190,18 +203,50 @@ class StateMatrix(nn.Module):
         self.apply_(EigenvalueClamping(**options))  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def apply_(self, rule: Constraint) -> None:
-        """Project the parameters in place; unchanged bits where it holds.
+    def apply_(self, *rules: Constraint, name: str = '') -> None:
+        """Project the parameters in place; unchanged bits where rules hold.
+
+        Args:
+            *rules (Constraint): All hold together afterwards, for what is
+                stored.
+            name (str): Of the matrix, for errors.
 
         Raises:
-            ValueError: If a parameter is not finite.
+            ValueError: If a parameter is not finite, rules contradict each
+                other, or the parameters' precision cannot hold a bound.
         """
-        check_finite({'': self})
+        check_finite({name: self})
         with autocast_off(self):
             old = self.raw()
-            new = rule(self, tuple(map(_widen, old)))
+            rules = tuple(sorted(rules, key=lambda rule: rule.order))
+            new = self.obeying(
+                tuple(map(_widen, old)), rules, old[0].dtype, name
+            )
             for parameter, value in zip(old, new, strict=True):
                 parameter.copy_(value)
+
+    def check_reparametrizations(self, name: str = '') -> None:
+        """Raise ValueError if rules cannot act together in the forward pass.
+
+        Args:
+            name (str): Of the matrix, for the error.
+        """
+        try:
+            check_together(self.reparametrizations)
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from error
+
+    @torch.no_grad()
+    def in_use(self, params: Params) -> Params:
+        """What the forward pass would use for other raw parameters."""
+        with autocast_off(self):
+            rules = self.reparametrizations
+            return self.obeying(tuple(map(_widen, params)), rules)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether a parameter is not trained: such a matrix is left alone."""
+        return not all(p.requires_grad for p in self.raw())
 
     def extra_repr(self) -> str:
         """Show the sizes, and what is applied in the forward pass."""

@@ -8,6 +8,7 @@ reparametrization computes with them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -127,17 +128,22 @@ class EigenvalueClamping:
         lambda_max (float, optional): Also ``Re >= -lambda_max``, a floor
             against modes that forget at once; for a full matrix as well as
             its structure can hold it. Defaults to None.
-        method (str, optional): For a full matrix: ``'eig'`` clamps in the
-            eigenbasis, ``'schur'`` in the real Schur form, ``'shift'`` moves
-            all eigenvalues alike, which keeps block and low-rank structure
-            exactly. None is ``'shift'`` in place and ``'eig'`` in the
-            forward pass. Diagonal matrices clamp each eigenvalue whatever
-            the method. Defaults to None.
+        method (str, optional): For a full matrix: ``'shift'`` moves all
+            eigenvalues alike, which keeps block and low-rank structure
+            exactly; ``'eig'`` clamps in the eigenbasis, ``'schur'`` in the
+            real Schur form, and both are fitted to the structure and then
+            shifted: for analysis, not for training. Diagonal matrices clamp
+            each eigenvalue whatever the method. Defaults to None, for
+            ``'shift'``.
         grad (str): In the forward pass, the gradient of a clamped
             eigenvalue: ``'ste'`` passes it straight through, so that a
             parameter beyond its bound can come back; ``'clamp'`` is the
-            plain one, zero. ``'shift'`` has one of its own. Defaults to
-            ``'ste'``.
+            plain one, zero. A full matrix has the gradient of the shift.
+            Defaults to ``'ste'``.
+        condition_max (float | str, optional): For a full matrix: largest
+            condition number of its eigenvectors, without which a negative
+            real part promises little; ``'auto'`` is the matrix's
+            ``kappa_max``, None leaves it out. Defaults to ``'auto'``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -153,6 +159,7 @@ class EigenvalueClamping:
     method: str | None = None
     # not in the repr, which tells how a checkpoint was projected
     grad: str = field(default='ste', repr=False)
+    condition_max: float | str | None = 'auto'
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -167,6 +174,12 @@ class EigenvalueClamping:
                 f'margin must be between 0 and 1, got {self.margin!r}'
             )
         check_positive('delta_ref', self.delta_ref)
+        bound = self.condition_max
+        if not (bound in (None, 'auto') or _at_least_one(bound)):
+            raise ValueError(
+                "condition_max must be a number from 1 on, 'auto' or None, "
+                f'got {bound!r}'
+            )
         if self.lambda_max is not None and not self.lambda_max >= self.floor:
             raise ValueError(
                 f'lambda_max must be at least the distance {self.floor!r} '
@@ -191,6 +204,46 @@ class EigenvalueClamping:
 
 
 Constraint = SpectralNormalization | EigenvalueClamping
+
+
+def check_together(rules: Sequence[Constraint]) -> tuple[float, float]:
+    """Check that rules do not contradict each other.
+
+    Args:
+        rules (Sequence[Constraint]): That are to hold together.
+
+    Returns:
+        tuple[float, float]: Smallest and largest real part that they leave,
+        1/step; infinite where there is no such bound.
+
+    Raises:
+        ValueError: If no eigenvalue obeys all of them.
+    """
+    limits = [r.abscissa_limit for r in rules]
+    ceiling = min((x for x in limits if x is not None), default=math.inf)
+    clampings = [r for r in rules if isinstance(r, EigenvalueClamping)]
+    floors = [-r.lambda_max for r in clampings if r.lambda_max is not None]
+    floor = max(floors, default=-math.inf)
+    if floor > ceiling:
+        raise ValueError(
+            'the rules contradict each other: real parts of at most '
+            f'{ceiling:g} and of at least {floor:g} (lambda_max)'
+        )
+    for rule in rules:
+        if isinstance(rule, SpectralNormalization):
+            limit = rule.rho_max
+            continuous = rule.domain == 'continuous'
+            number = not isinstance(limit, Tensor)
+            if continuous and number and limit < -ceiling:
+                raise ValueError(
+                    'the rules contradict each other: a spectral radius of '
+                    f'at most {limit:g} and real parts of at most {ceiling:g}'
+                )
+    return floor, ceiling
+
+
+def _at_least_one(value: object) -> bool:
+    return isinstance(value, int | float) and value >= 1
 
 
 def check_positive(name: str, value: float) -> None:

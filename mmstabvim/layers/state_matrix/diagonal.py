@@ -1,6 +1,7 @@
 """Diagonal state matrices: one eigenvalue per channel and state."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from mmstabvim.layers.state_matrix.base import (
     autocast_off,
 )
 from mmstabvim.layers.state_matrix.constraints import (
+    Constraint,
     EigenvalueClamping,
     SpectralNormalization,
+    check_together,
 )
 from mmstabvim.layers.state_matrix.fixed_basis import (
     FixedBasis,
@@ -52,6 +55,92 @@ class DiagonalStateMatrix(StateMatrix):
 
     def _clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
         raise NotImplementedError
+
+    def obeying(
+        self,
+        params: Params,
+        rules: Sequence[Constraint],
+        dtype: torch.dtype | None = None,
+        name: str = '',
+    ) -> Params:
+        """Parameters that obey rules together; rows that do stay as they are.
+
+        In a narrower dtype the result is rounded towards what the rules ask.
+        """
+        if not rules:
+            return params
+        check_together(rules)
+        new = self._together(params, rules)
+        if dtype is None or dtype.itemsize >= params[0].dtype.itemsize:
+            return new
+        stored = tuple(x.to(dtype) for x in new)
+        for _ in range(_ROUNDINGS):
+            wide = tuple(
+                x.to(y.dtype) for x, y in zip(stored, new, strict=True)
+            )
+            wanted = self._together(wide, rules)
+            moved = [w != x for w, x in zip(wanted, wide, strict=True)]
+            if not torch.stack([m.any() for m in moved]).any():
+                break
+            stored = tuple(
+                torch.where(m, _next(x, w), x)
+                for m, x, w in zip(moved, stored, wanted, strict=True)
+            )
+        return stored
+
+    def _together(self, params: Params, rules: Sequence[Constraint]) -> Params:
+        new = params
+        for rule in rules:
+            new = rule(self, new)
+        if len(rules) < 2:
+            return new
+        obeys = self._obeys(params, rules)[:, None]
+        pairs = zip(params, new, strict=True)
+        return tuple(torch.where(obeys, old, x) for old, x in pairs)
+
+    @torch.no_grad()
+    def _obeys(self, params: Params, rules: Sequence[Constraint]) -> Tensor:
+        """Which rows obey all rules, (rows,), bool.
+
+        Clamping the real part of a complex eigenvalue takes its modulus up
+        to ``hypot(rho_max, eps)``.
+        """
+        values = self.eigenvalues_of(params)
+        low, high = values.real.amin(-1), values.real.amax(-1)
+        modulus = values.abs().amax(-1)
+        limits = [r.abscissa_limit for r in rules]
+        ceiling = min(
+            (limit for limit in limits if limit is not None),
+            default=math.inf,
+        )
+        obeys = high <= ceiling
+        for rule in rules:
+            if isinstance(rule, EigenvalueClamping):
+                if rule.lambda_max is not None:
+                    obeys = obeys & (low >= -rule.lambda_max)
+            elif rule.domain == 'continuous':
+                rho_max = torch.as_tensor(rule.rho_max).to(modulus)
+                if rule.granularity == 'layer':
+                    rho_max = rho_max.amax()
+                if values.is_complex() and ceiling < 0:
+                    rho_max = rho_max.hypot(rho_max.new_tensor(-ceiling))
+                within = modulus <= rho_max * (1 + 1e-6)
+                layer = rule.granularity == 'layer'
+                obeys = obeys & (within.all() if layer else within)
+        return obeys
+
+
+_ROUNDINGS = 8
+"""Units in the last place that a rounded parameter may have to be moved."""
+
+
+def _next(x: Tensor, towards: Tensor) -> Tensor:
+    """The neighbour of each number in its dtype, on the side of another."""
+    infinite = torch.where(
+        towards > x.to(towards.dtype), torch.inf, -torch.inf
+    )
+    # halves have no nextafter on a GPU
+    return torch.nextafter(x.cpu(), infinite.to(x.dtype).cpu()).to(x.device)
 
 
 class NegExpStateMatrix(DiagonalStateMatrix):
@@ -242,6 +331,19 @@ class ComplexStateMatrix(DiagonalStateMatrix):
             return super().condition()
         return condition_number(self.basis.vectors)
 
+    def normalize(self, params: Params, rule: SpectralNormalization) -> Params:
+        """In log space where the real part is a logarithm."""
+        if self.can_be_unstable or rule.domain == 'discrete':
+            return super().normalize(params, rule)
+        log_re, im = params
+        # ln |lambda|, without exp(log_re)
+        tiny = torch.finfo(im.dtype).tiny
+        log_im = im.abs().clamp(min=tiny).log()
+        excess = _log_excess(torch.logaddexp(2 * log_re, 2 * log_im) / 2, rule)
+        scale = (-excess).exp()[:, None]
+        moved = (log_re - excess[:, None]).to(log_re.dtype)
+        return moved, torch.where(scale == 1, im, im * scale).to(im.dtype)
+
     def scaled(self, params: Params, scale: Tensor) -> Params:
         """Parameters of ``A / scale``."""
         re, im = params
@@ -266,18 +368,29 @@ class ComplexStateMatrix(DiagonalStateMatrix):
 
 def _lower_log(x: Tensor, rule: SpectralNormalization) -> Tensor:
     """Subtract what the largest of a row, or of all, has above the bound."""
-    largest, rho_max = x.amax(-1), rule.rho_max
+    return (x - _log_excess(x, rule)[:, None]).to(x.dtype)
+
+
+def _log_excess(log_modulus: Tensor, rule: SpectralNormalization) -> Tensor:
+    """What ``ln |lambda|`` (rows, d_state) has above the bound, (rows,)."""
+    largest, rho_max = log_modulus.amax(-1), rule.rho_max
     if rule.granularity == 'layer':
         largest = largest.amax().expand_as(largest)
         if isinstance(rho_max, Tensor):
             rho_max = rho_max.amax()
-    excess = log_radius_scale(largest, rho_max, detach=rule.detach_scale)
-    return (x - excess[:, None]).to(x.dtype)
+    return log_radius_scale(largest, rho_max, detach=rule.detach_scale)
 
 
 def _clamp_log(x: Tensor, rule: EigenvalueClamping) -> Tensor:
-    low = math.log(rule.floor) if rule.floor > 0 else -math.inf
-    high = math.inf if rule.lambda_max is None else math.log(rule.lambda_max)
+    # exp and log round: what is stored obeys in exact arithmetic
+    rounding = 4 * torch.finfo(x.dtype).eps
+    low, high = -math.inf, math.inf
+    if rule.floor > 0:
+        low = math.log(rule.floor)
+        low += rounding * max(1.0, abs(low))
+    if rule.lambda_max is not None:
+        high = math.log(rule.lambda_max)
+        high = max(high - rounding * max(1.0, abs(high)), low)
     return x.clamp(low, high)
 
 

@@ -1,7 +1,9 @@
 """Full state matrices: block-diagonal plus low rank."""
 
+import functools
+import logging
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,23 +23,33 @@ from mmstabvim.layers.state_matrix.initialization import (
     check_init,
     full_start,
 )
-from mmstabvim.stability.clamping import (
-    clamp_matrix,
-    clamp_real_part,
-    fit_block_low_rank,
+from mmstabvim.layers.state_matrix.projection import (
+    BlockLowRank,
+    Outcome,
+    bounds_of,
+    project,
 )
-from mmstabvim.stability.eigenbasis import Eigenbasis, decompose
-from mmstabvim.stability.known_eigenbasis import known_eig
+from mmstabvim.log import print_log
+from mmstabvim.stability.clamping import straight_through
+from mmstabvim.stability.eigenbasis import (
+    COMPLEX128,
+    EXPONENTIAL,
+    Eigenbasis,
+    decompose,
+    known_eig,
+)
+from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.normalization import radius_scale
 from mmstabvim.stability.perturbation import Perturbation
 from mmstabvim.stability.spectral import (
+    eigenvalues,
     gelfand_bound,
+    known_eigenvalues,
     spectral_abscissa,
     spectral_radius,
 )
 
-SLACK = 1e-6
-"""By how much a real part may exceed its bound, relative to the matrix."""
+ON_DEFECTIVE = ('exponential', 'raise')
 
 
 class FullStateMatrix(StateMatrix):
@@ -45,14 +57,14 @@ class FullStateMatrix(StateMatrix):
 
     The step size multiplies the whole matrix, so all ``exp(delta A)`` share
     one eigenbasis, in which the scan is diagonal: B and C change basis, and
-    nothing of A is dropped. Where that basis is ill-conditioned, a nearby
-    matrix is diagonalized instead; failing that the scan runs with the
-    matrix exponential.
+    nothing of A is dropped or perturbed. Up to a condition number of
+    ``kappa_max`` the scan runs in complex64, up to 1e11 in complex128, and
+    above with the matrix exponential; where the gradient is wanted, a small
+    distance of two eigenvalues asks for the next one too.
 
     Initialized to ``-diag(1, ..., N)`` with ``U = 0`` and a small random V;
     other initializations are blocks too, HiPPO-LegS and PTD in a rotated
-    basis with ``-p p^T`` in the low-rank term. The scan runs HiPPO-LegS
-    perturbed, as any matrix without a usable eigenbasis.
+    basis with ``-p p^T`` in the low-rank term.
 
     Args:
         d_inner (int): Channels.
@@ -64,14 +76,18 @@ class FullStateMatrix(StateMatrix):
         groups (int): Number of matrices G, a divisor of d_inner; d_inner
             gives every channel its own. Decompositions and the memory of the
             scan grow with it. Defaults to 1.
-        kappa_max (float): Condition number of the eigenbasis above which it
-            is not used. Defaults to 1e3.
+        kappa_max (float): Condition number of the eigenbasis up to which it
+            is used in complex64, and that clamping keeps. Defaults to 1e3.
         init (str): ``'s4d_real'``, ``'s4d_lin'``, ``'s4d_inv'``,
             ``'s4d_legs'``, ``'hippo'`` or ``'ptd'``. Defaults to
             ``'s4d_real'``.
         ptd (Perturbation, optional): How ``'ptd'`` perturbs the blocks; in
             configs its fields are options such as ``ptd_norm=0.4``. Defaults
             to None, for its defaults.
+        on_defective (str): What a scan does with a matrix whose eigenvectors
+            even complex128 cannot use: ``'exponential'`` runs it with the
+            matrix exponential, exact and very slow; ``'raise'`` stops.
+            Defaults to ``'exponential'``.
 
     Raises:
         ValueError: If a size does not divide or is out of range, or the
@@ -83,8 +99,8 @@ class FullStateMatrix(StateMatrix):
 
     granularities = ('channel', 'layer', 'block')
 
-    residual: Tensor | None = None
-    """Of the last fit of clamped matrices to the structure, relative."""
+    projection: Outcome | None = None
+    """What the last projection did."""
 
     def __init__(
         self,
@@ -96,8 +112,10 @@ class FullStateMatrix(StateMatrix):
         kappa_max: float = 1e3,
         init: str = 's4d_real',
         ptd: Perturbation | None = None,
+        on_defective: str = 'exponential',
     ) -> None:
         super().__init__(d_inner, d_state)
+        check_choice('on_defective', on_defective, ON_DEFECTIVE)
         _check_divides('block_size', block_size, 'd_state', d_state)
         _check_divides('groups', groups, 'd_inner', d_inner)
         if not 0 <= rank <= d_state:
@@ -109,7 +127,7 @@ class FullStateMatrix(StateMatrix):
                 f'kappa_max must be at least 1, got {kappa_max!r}'
             )
         self.block_size, self.rank, self.groups = block_size, rank, groups
-        self.kappa_max = kappa_max
+        self.kappa_max, self.on_defective = kappa_max, on_defective
         check_init(init, 'full')
         start = full_start(init, d_state, block_size, rank, kappa_max, ptd)
         blocks = start.blocks.to(torch.get_default_device(), torch.float32)
@@ -125,64 +143,58 @@ class FullStateMatrix(StateMatrix):
                 self.U[..., 0].copy_(-start.rank_one)
                 self.V[..., 0].copy_(start.rank_one)
         self._known: _Known | None = None
+        self._obeying: _Obeying | None = None
 
     # ------------------------------------------- what the forward pass uses
 
-    def acts_on_eigenvalues(self, rule: Constraint) -> bool:
-        """Clamping in the eigenbasis needs no parameters to match."""
-        return rule in self._clamping_rules()
-
-    def _clamping_rules(self) -> list[EigenvalueClamping]:
-        """What is applied to the eigenvalues in the forward pass."""
-        return [
-            rule
-            for rule in self.reparametrizations
-            if isinstance(rule, EigenvalueClamping)
-            and rule.method in (None, 'eig')
-        ]
-
     def eigenvalues(self) -> Tensor:
         """Eigenvalues in use, (groups, d_state), complex, 1/step."""
-        return self._clamped(super().eigenvalues())
+        return self._eigenvalues(self.effective())
 
-    def dense(self) -> Tensor:
-        """Matrices in use, (groups, d_state, d_state), 1/step."""
-        dense = super().dense()
-        for rule in self._clamping_rules():
-            dense = clamp_matrix(
-                dense,
-                rule.floor,
-                rule.lambda_max,
-                'eig',
-                ste=rule.grad == 'ste',
-            )
-        return dense
+    def raw_eigenvalues(self) -> Tensor:
+        """Eigenvalues of the raw parameters, (groups, d_state)."""
+        return self._eigenvalues(self.raw())
+
+    def _eigenvalues(self, params: Params) -> Tensor:
+        with autocast_off(self):
+            wide = self._wide(params)
+            values = known_eigenvalues(wide.cpu(), self.eigenbasis_of(wide))
+            dtype = torch.promote_types(params[0].dtype, torch.float32)
+            return values.to(wide.device, dtype.to_complex())
 
     def condition(self) -> Tensor:
         """Largest condition number of the eigenbases in use, a scalar."""
-        dense = super().dense()
-        return self._lookup(dense).condition.amax().to(dense.device)
+        return self.eigenbasis().condition.amax()
 
-    def _clamped(self, values: Tensor) -> Tensor:
-        """Eigenvalues after clamping in the eigenbasis, if that is asked."""
-        for rule in self._clamping_rules():
-            values = clamp_real_part(
-                values, rule.floor, rule.lambda_max, ste=rule.grad == 'ste'
-            )
-        return values
+    @torch.no_grad()
+    def eigenbasis(self) -> Eigenbasis:
+        """Eigenbasis of the matrices in use, on the CPU."""
+        with autocast_off(self):
+            return self.eigenbasis_of(self._wide(self.effective()))
 
     def scan_matrices(self, B: Tensor, C: Tensor) -> ScanMatrices | None:
-        """All N modes of the real matrix, so half of C: the scan doubles."""
+        """All N modes of the real matrix, so half of C: the scan doubles.
+
+        In the precision that the eigenbases need; None where they cannot be
+        used.
+        """
         with autocast_off(self):
-            dense = super().dense()
-            basis = self._eigenbasis(dense)
-            if basis is None:
+            params = self.effective()
+            wide = self._wide(params)
+            basis = self.eigenbasis_of(wide)
+            gradient = torch.is_grad_enabled() and wide.requires_grad
+            kind = self._kind(basis, gradient)
+            if kind == EXPONENTIAL:
                 return None
-            values, vectors = basis
-            narrow = dense.dtype.to_complex()
-            inverse = torch.linalg.inv(vectors).to(dense.device, narrow)
-            vectors = vectors.to(dense.device, narrow)
-            values = self._clamped(values.to(dense.device, narrow))
+            known = basis.separated() if gradient else basis.eigenvalues
+            values, vectors = known_eig(wide.cpu(), known, basis.vectors)
+            dtype = torch.promote_types(params[0].dtype, torch.float32)
+            narrow = dtype.to_complex()
+            if kind == COMPLEX128:
+                narrow = torch.complex128
+            inverse = torch.linalg.inv(vectors).to(wide.device, narrow)
+            vectors = vectors.to(wide.device, narrow)
+            values = values.to(wide.device, narrow)
             channels = self.d_inner // self.groups
             return ScanMatrices(
                 values.repeat_interleave(channels, 0),
@@ -190,25 +202,112 @@ class FullStateMatrix(StateMatrix):
                 torch.einsum('blm,gmn->blgn', C.to(narrow), vectors / 2),
             )
 
-    def _eigenbasis(self, dense: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Eigenvalues and eigenvectors, None if they cannot be used.
+    def _kind(self, basis: Eigenbasis, gradient: bool) -> int:
+        """How the scan runs: as the worst of the matrices needs."""
+        kind = int(basis.kind(self.kappa_max, gradient).amax())
+        if kind == EXPONENTIAL:
+            found = (
+                'a full state matrix has eigenvectors of condition number '
+                f'{float(basis.condition.amax()):.1e}, too large even for '
+                + ('the gradient in complex128' if gradient else 'complex128')
+            )
+            if self.on_defective == 'raise':
+                raise RuntimeError(
+                    f"{found}, and on_defective is 'raise': use "
+                    'EigenvalueClampingHook, which keeps the condition number'
+                )
+            _say_exponential(found)
+        return kind
 
-        Decomposed once for each value of the parameters: the decomposition
-        itself is looked up, the gradient flows through it anew.
+    def eigenbasis_of(self, wide: Tensor) -> Eigenbasis:
+        """Decompose once for each value of the parameters.
+
+        Args:
+            wide (Tensor): (groups, d_state, d_state), float64, 1/step.
         """
-        known = self._lookup(dense)
-        if not known.ok.all():
-            return None
-        return known_eig(
-            dense.double().cpu(), known.eigenvalues, known.vectors
-        )
-
-    def _lookup(self, dense: Tensor) -> Eigenbasis:
         known = self._known
-        if known is None or not torch.equal(known.dense, dense):
-            decompose_together([self])
-            known = cast(_Known, self._known)
+        if known is None or not torch.equal(known.dense, wide):
+            known = _Known(wide.detach(), decompose(wide.detach()))
+            self._known = known
         return known.basis
+
+    def _wide(self, params: Params) -> Tensor:
+        """What is decomposed: (groups, d_state, d_state), float64."""
+        return self.dense_of(tuple(p.double() for p in params))
+
+    # ----------------------------------------------------- rules
+
+    def obeying(
+        self,
+        params: Params,
+        rules: Sequence[Constraint],
+        dtype: torch.dtype | None = None,
+        name: str = '',
+    ) -> Params:
+        """Parameters that obey rules together, checked as they are stored.
+
+        The gradient is that of scale and shift.
+        """
+        if not rules:
+            return params
+        dtype = params[0].dtype if dtype is None else dtype
+        hard = self._projected(params, tuple(rules), dtype, name)
+        if not (torch.is_grad_enabled() and params[0].requires_grad):
+            return hard
+        soft = params
+        for rule in rules:
+            soft = rule(self, soft)
+        pairs = zip(soft, hard, strict=True)
+        return tuple(straight_through(s, h.to(s.dtype)) for s, h in pairs)
+
+    @torch.no_grad()
+    def _projected(
+        self,
+        params: Params,
+        rules: tuple[Constraint, ...],
+        dtype: torch.dtype,
+        name: str,
+    ) -> Params:
+        known = self._obeying
+        if known is not None and known.is_of(params, rules, dtype):
+            return known.result
+        outcome = project(
+            self._structured(params),
+            bounds_of(rules, self.kappa_max),
+            dtype,
+            self.eigenbasis_of(self._wide(params)),
+            name,
+        )
+        self.projection = outcome
+        device = params[0].device
+        result = tuple(x.to(device) for x in outcome.params[: len(params)])
+        if not outcome.moved.any():
+            result = params  # the same bits
+        else:
+            wide = self._wide(result)
+            # one decomposition serves projection, check, scan and loss
+            self._known = _Known(wide, outcome.basis)
+        given = tuple(p.detach().clone() for p in params)
+        self._obeying = _Obeying(given, rules, dtype, result)
+        return result
+
+    def check_reparametrizations(self, name: str = '') -> None:
+        """Refuse rules whose result has no blocks and low rank."""
+        super().check_reparametrizations(name)
+        for rule in self.reparametrizations:
+            method = getattr(rule, 'method', None)
+            if method not in (None, 'shift'):
+                raise ValueError(
+                    f'{name or "this matrix"}: clamping by method {method!r} '
+                    'is fitted to blocks and low rank, which has no gradient: '
+                    "use method='shift' with mode='reparam'"
+                )
+
+    def _structured(self, params: Params) -> BlockLowRank:
+        blocks, *factors = params
+        if not factors:
+            factors = [blocks.new_zeros(self.groups, self.d_state, 0)] * 2
+        return BlockLowRank(blocks, *factors)
 
     # ----------------------------------------------------- parametrization
 
@@ -227,13 +326,9 @@ class FullStateMatrix(StateMatrix):
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Complex, (groups, d_state), float64 inside."""
-        dense = self.dense_of(params)
-        wide = dense.double().cpu()
-        values = torch.linalg.eigvals(wide)
-        if torch.is_grad_enabled() and wide.requires_grad:
-            # eigenvalues that coincide have no gradient of their own
-            values = decompose(wide, kappa_max=1e12).eigenvalues
-        return values.to(dense.device, dense.dtype.to_complex())
+        values = eigenvalues(self._wide(params))
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        return values.to(params[0].device, dtype.to_complex())
 
     def magnitude_of(self, params: Params) -> Tensor:
         """Of the whole matrix, (groups,), 1/step."""
@@ -281,50 +376,40 @@ class FullStateMatrix(StateMatrix):
         return (blocks, *factors)
 
     def clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
-        """By ``rule.method``, ``'shift'`` unless it names another."""
-        if rule.method in ('eig', 'schur') or rule.lambda_max is not None:
-            params = self._fit(params, rule)
-        return self._shift(params, rule)
-
-    def _shift(self, params: Params, rule: EigenvalueClamping) -> Params:
         """Move all eigenvalues of a matrix until the largest obeys."""
-        dense = self.dense_of(params)
-        excess = spectral_abscissa(dense) + rule.floor
-        within = excess <= _tolerance(dense, rule)
-        return self.shifted(
-            params, torch.where(within, torch.zeros_like(excess), excess)
-        )
-
-    @torch.no_grad()
-    def _fit(self, params: Params, rule: EigenvalueClamping) -> Params:
-        """Blocks and low rank nearest to the clamped violating matrices."""
-        dense = self.dense_of(params)
-        method = 'eig' if rule.method == 'eig' else 'schur'
-        target = clamp_matrix(dense, rule.floor, rule.lambda_max, method)
-        wrong = (target != dense).flatten(1).any(1)
-        if not wrong.any():
-            return params
-        start = (self.U[wrong], self.V[wrong]) if self.rank else None
-        *fitted, self.residual = fit_block_low_rank(
-            target[wrong], self.block_size, self.rank, start=start
-        )
-        new = tuple(x.clone() for x in params)
-        for old, value in zip(new, fitted, strict=False):
-            old[wrong] = value.to(old.dtype)
-        return new
-
-
-def _tolerance(dense: Tensor, rule: EigenvalueClamping) -> Tensor:
-    """Excess of a real part that rounding explains, (groups,)."""
-    norm = torch.linalg.matrix_norm(dense.detach())
-    return SLACK * norm.clamp(min=rule.floor)
+        excess = spectral_abscissa(self.dense_of(params)) + rule.floor
+        return self.shifted(params, torch.relu(excess))
 
 
 class _Known(NamedTuple):
     """A decomposition and what was decomposed."""
 
-    dense: Tensor  # (groups, d_state, d_state)
+    dense: Tensor  # (groups, d_state, d_state), float64
     basis: Eigenbasis
+
+
+class _Obeying(NamedTuple):
+    """A projection and what was projected."""
+
+    params: Params
+    rules: tuple[Constraint, ...]
+    dtype: torch.dtype
+    result: Params
+
+    def is_of(
+        self,
+        params: Params,
+        rules: tuple[Constraint, ...],
+        dtype: torch.dtype,
+    ) -> bool:
+        """Whether it answers the question for these."""
+        same = zip(self.params, params, strict=True)
+        return (
+            self.dtype == dtype
+            and all(a is b for a, b in zip(self.rules, rules, strict=False))
+            and len(self.rules) == len(rules)
+            and all(torch.equal(a, b) for a, b in same)
+        )
 
 
 @torch.no_grad()
@@ -338,28 +423,34 @@ def decompose_together(matrices: Iterable[nn.Module]) -> None:
         matrices (Iterable[nn.Module]): Others than full ones are left alone.
     """
     full = [m for m in matrices if isinstance(m, FullStateMatrix)]
-    sizes = {(m.d_state, m.kappa_max) for m in full}
-    for d_state, kappa_max in sizes:
-        alike = [
-            m for m in full if (m.d_state, m.kappa_max) == (d_state, kappa_max)
-        ]
-        _decompose(alike, kappa_max)
+    for d_state in {m.d_state for m in full}:
+        _decompose([m for m in full if m.d_state == d_state])
 
 
-def _decompose(matrices: Sequence[FullStateMatrix], kappa_max: float) -> None:
-    dense = [StateMatrix.dense(m) for m in matrices]
+def _decompose(matrices: Sequence[FullStateMatrix]) -> None:
+    dense = [m._wide(m.effective()) for m in matrices]
     together = torch.cat(dense)
     known = [m._known for m in matrices]
     if all(known) and torch.equal(
         torch.cat([k.dense for k in known if k]), together
     ):
         return
-    basis = decompose(together.double().cpu(), kappa_max, together.dtype)
+    basis = decompose(together)
     parts = zip(
         *(x.split([len(d) for d in dense]) for x in basis), strict=True
     )
     for matrix, own, part in zip(matrices, dense, parts, strict=True):
         matrix._known = _Known(own, Eigenbasis(*part))
+
+
+@functools.cache
+def _say_exponential(found: str) -> None:
+    print_log(
+        f'{found}: that layer runs with the matrix exponential, which is '
+        'exact and hundreds of times slower. EigenvalueClampingHook keeps '
+        "the condition number; on_defective='raise' stops instead",
+        level=logging.WARNING,
+    )
 
 
 def _check_divides(name: str, size: int, of: str, total: int) -> None:

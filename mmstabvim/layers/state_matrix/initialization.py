@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from mmstabvim.layers.state_matrix.fixed_basis import as_real
-from mmstabvim.stability.eigenbasis import (
-    EXACT,
-    FAILED,
-    condition_number,
-    decompose,
-)
+from mmstabvim.stability.eigenbasis import COMPLEX64, decompose
 from mmstabvim.stability.hippo import (
     S4D_PAIRS,
     hippo_legs,
@@ -233,21 +228,21 @@ def _real_blocks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_usable(init: str, dense: Tensor, kappa_max: float) -> None:
-    """Look at the eigenbasis that the scan will use, in its precision."""
-    basis = decompose(dense, kappa_max, torch.float32)
+    """Look at the matrix as parameters in float32 will hold it."""
+    basis = decompose(dense.float())
     abscissa = float(basis.eigenvalues.real.amax())
-    if init == 'ptd' and basis.kind != EXACT:
-        kappa = condition_number(torch.linalg.eig(dense)[1])
+    if init == 'ptd' and basis.kind(kappa_max, True) != COMPLEX64:
         raise ValueError(
-            f"init='ptd' gives an eigenbasis of condition number {kappa:.3g}, "
+            f"init='ptd' gives an eigenbasis of condition number "
+            f'{float(basis.condition):.3g}, '
             f'which kappa_max = {kappa_max:g} refuses: set ptd_optimize=True, '
             'a larger ptd_norm or a larger kappa_max'
         )
-    if basis.kind != FAILED and abscissa > -_MARGIN:
+    if abscissa > -_MARGIN:
         raise ValueError(
-            f'init={init!r} must have real parts of at most {-_MARGIN} in the '
-            f'eigenbasis that kappa_max = {kappa_max:g} asks for, got '
-            f"{abscissa:.3g}: set a larger kappa_max, or init='ptd'"
+            f'init={init!r} must have real parts of at most {-_MARGIN} when '
+            f'it is rounded to float32, got {abscissa:.3g} with d_state = '
+            f"{len(dense)}: choose init='ptd' with ptd_norm=0.4 or less"
         )
 
 

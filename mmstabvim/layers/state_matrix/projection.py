@@ -1,0 +1,583 @@
+"""Block plus low-rank matrices under bounds: what is stored obeys them.
+
+Every bound is checked on the numbers that are stored, in float64: a matrix is
+projected, rounded to the precision of its parameters, and looked at again.
+What no scale, shift or fit brings within its bounds is blended with a normal
+matrix of the same structure that obeys all of them; see docs/stabilizers.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmstabvim.layers.state_matrix.constraints import (
+    Constraint,
+    EigenvalueClamping,
+    SpectralNormalization,
+    check_together,
+)
+from mmstabvim.stability.clamping import clamp_matrix, fit_block_low_rank
+from mmstabvim.stability.eigenbasis import (
+    Eigenbasis,
+    condition_number,
+    decompose,
+)
+from mmstabvim.stability.spectral import gelfand_bound, spectral_radius
+
+BAND = 1e-9
+"""Excess of a real part, relative to the norm of the matrix, that another
+build of LAPACK may see in a matrix that obeys here."""
+
+RADIUS_SLACK = 1e-6
+"""Relative excess of a spectral radius that is let through."""
+
+PAIR_SLACK = 1e-3
+"""The same where the real parts are bounded too."""
+
+ROUNDS, PAIR_ROUNDS = 5, 25
+"""Times that fit and shift, or scale and shift, are tried before the blend.
+Scale and shift converge geometrically, by the ratio of both bounds."""
+
+_BISECTIONS = 14
+_CONDITION_TARGET = 0.9  # of the largest condition number, when projecting
+
+
+class BlockLowRank(NamedTuple):
+    """Parameters of matrices ``blkdiag(blocks) + U V^T``."""
+
+    blocks: Tensor
+    """(groups, K, b, b), 1/step."""
+    U: Tensor
+    """(groups, K b, r); r may be 0."""
+    V: Tensor
+    """As ``U``."""
+
+    def dense(self) -> Tensor:
+        """Assemble the matrices, (groups, N, N), 1/step."""
+        return _block_diagonal(self.blocks) + self.U @ self.V.mT
+
+    def to(self, dtype: torch.dtype) -> BlockLowRank:
+        """Convert all three."""
+        return BlockLowRank(*(x.to(dtype) for x in self))
+
+    def at(self, index: Tensor) -> BlockLowRank:
+        """Take some of the matrices."""
+        return BlockLowRank(*(x[index] for x in self))
+
+    def put(self, index: Tensor, other: BlockLowRank) -> BlockLowRank:
+        """Replace some of the matrices."""
+        new = BlockLowRank(*(x.clone() for x in self))
+        for old, value in zip(new, other, strict=True):
+            old[index] = value.to(old.dtype)
+        return new
+
+    def shifted(self, shift: Tensor) -> BlockLowRank:
+        """Subtract ``shift I``, (groups,), from the blocks."""
+        eye = torch.eye(self.blocks.shape[-1]).to(self.blocks)
+        return self._replace(
+            blocks=self.blocks - shift[:, None, None, None] * eye
+        )
+
+    def scaled(self, scale: Tensor) -> BlockLowRank:
+        """Divide by ``scale``, (groups,); U and V by its root."""
+        root = scale.sqrt()[:, None, None]
+        return BlockLowRank(
+            self.blocks / scale[:, None, None, None],
+            self.U / root,
+            self.V / root,
+        )
+
+    def blended(self, other: Tensor, share: Tensor) -> BlockLowRank:
+        """Form ``(1 - s) A + s E``, exactly in the structure.
+
+        Args:
+            other (Tensor): (groups, K, b, b), the blocks of E.
+            share (Tensor): (groups,), s in [0, 1].
+        """
+        s = share[:, None, None, None]
+        root = (1 - share).sqrt()[:, None, None]
+        return BlockLowRank(
+            (1 - s) * self.blocks + s * other, self.U * root, self.V * root
+        )
+
+
+class Outcome(NamedTuple):
+    """What a projection did."""
+
+    params: BlockLowRank
+    """In the dtype that was asked for."""
+    basis: Eigenbasis
+    """Of ``params``, in float64."""
+    moved: Tensor
+    """(groups,), bool: which matrices changed."""
+    blend: Tensor
+    """(groups,), float64, in [0, 1]: s of the blend with a normal matrix."""
+    residual: Tensor
+    """(groups,), float64: of the last fit to the structure, relative."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a list of rules asks of block plus low-rank matrices.
+
+    Args:
+        ceiling (float): Largest real part of an eigenvalue, 1/step.
+        floor (float): Smallest one.
+        condition_max (float): Largest condition number of the eigenvectors.
+        scalings (tuple): Continuous-time spectral normalizations.
+        method (str): How real parts are moved: ``'shift'``, ``'eig'`` or
+            ``'schur'``.
+    """
+
+    ceiling: float = math.inf
+    floor: float = -math.inf
+    condition_max: float = math.inf
+    scalings: tuple[SpectralNormalization, ...] = ()
+    method: str = 'shift'
+
+
+def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
+    """Combine rules into bounds that hold together.
+
+    Args:
+        rules (Sequence[Constraint]): In any order.
+        kappa_max (float): Condition number that ``'auto'`` stands for.
+
+    Returns:
+        Bounds: All at once.
+
+    Raises:
+        ValueError: If no matrix obeys all of them.
+    """
+    floor, ceiling = check_together(rules)
+    normalizations = [r for r in rules if isinstance(r, SpectralNormalization)]
+    clampings = [r for r in rules if isinstance(r, EigenvalueClamping)]
+    conditions = [
+        kappa_max if r.condition_max == 'auto' else float(r.condition_max)
+        for r in clampings
+        if r.condition_max is not None
+    ]
+    methods = {r.method for r in clampings} - {None, 'shift'}
+    return Bounds(
+        ceiling,
+        floor,
+        min(conditions, default=math.inf),
+        tuple(r for r in normalizations if r.domain == 'continuous'),
+        sorted(methods)[0] if methods else 'shift',
+    )
+
+
+@torch.no_grad()
+def project(
+    params: BlockLowRank,
+    bounds: Bounds,
+    dtype: torch.dtype,
+    basis: Eigenbasis | None = None,
+    name: str = '',
+) -> Outcome:
+    """Move the matrices that violate a bound until what is stored obeys.
+
+    A matrix that obeys stays bit by bit. Others are blended towards a normal
+    matrix as far as their condition number asks, scaled and shifted (or
+    clamped and fitted to the structure), and rounded; after five rounds
+    without success they are blended with a normal matrix that obeys.
+
+    Args:
+        params (BlockLowRank): As stored; widened is fine.
+        bounds (Bounds): What to obey.
+        dtype (torch.dtype): Real dtype that the result is stored in.
+        basis (Eigenbasis, optional): Of ``params``, if it is known.
+        name (str): Of the matrix, for errors.
+
+    Returns:
+        Outcome: On the CPU.
+
+    Raises:
+        ValueError: If a number is not finite, or the precision cannot hold
+            the bound.
+    """
+    work = BlockLowRank(*(x.detach().double().cpu() for x in params))
+    basis = decompose(work.dense()) if basis is None else basis
+    groups = len(work.blocks)
+    blend, residual = torch.zeros(2, groups, dtype=torch.float64)
+    wrong = _violations(work, basis, bounds, strict=False)
+    if any(rule.granularity == 'layer' for rule in bounds.scalings):
+        # one scale for all: where one matrix violates, all move
+        wrong = wrong | wrong.any()
+    if not wrong.any():
+        return Outcome(work.to(dtype), basis, wrong, blend, residual)
+    _check_precision(work, bounds, dtype, wrong, basis, name)
+    bounds = _of_some(bounds, wrong)
+    part, normal = work.at(wrong), None
+    share = torch.zeros(len(part.blocks), dtype=torch.float64)
+    misfit = torch.zeros_like(share)
+    todo = torch.ones(len(share), dtype=torch.bool)
+    for attempt in range(PAIR_ROUNDS if bounds.scalings else ROUNDS):
+        moved, s, misfit_now = _move(part, bounds, dtype, attempt)
+        part = part.put(todo, moved.at(todo).to(dtype).to(torch.float64))
+        share = torch.where(todo, 1 - (1 - share) * (1 - s), share)
+        misfit = torch.where(todo, misfit_now, misfit)
+        todo = _violations(part, decompose(part.dense()), bounds, strict=True)
+        if any(rule.granularity == 'layer' for rule in bounds.scalings):
+            todo = todo | todo.any()
+        if not todo.any():
+            break
+    else:
+        normal = normal_blocks(part, bounds, dtype)
+        part, s = _blend_until(part, normal, bounds, dtype, todo)
+        share = torch.where(todo, 1 - (1 - share) * (1 - s), share)
+    work = work.put(wrong, part)
+    blend[wrong], residual[wrong] = share, misfit
+    return Outcome(
+        work.to(dtype), decompose(work.dense()), wrong, blend, residual
+    )
+
+
+# ------------------------------------------------------------------- checks
+
+
+def _violations(
+    params: BlockLowRank, basis: Eigenbasis, bounds: Bounds, strict: bool
+) -> Tensor:
+    """Which matrices violate a bound, (groups,); strictly, or with a band."""
+    real = basis.eigenvalues.real
+    dense = params.dense()
+    band = 0.0 if strict else BAND * torch.linalg.matrix_norm(dense)
+    if bounds.ceiling <= 0 and not strict:
+        # never so wide that it reaches the border of stability
+        band = torch.clamp(band, max=-bounds.ceiling / 2)
+    highest = real.amax(-1)
+    if strict and bounds.condition_max == math.inf:
+        # of an ill-conditioned matrix two computations may differ
+        highest = highest.maximum(torch.linalg.eigvals(dense).real.amax(-1))
+    wrong = highest > bounds.ceiling + band
+    wrong |= real.amin(-1) < bounds.floor - band
+    wrong |= ~(basis.condition <= bounds.condition_max)
+    for rule in bounds.scalings:
+        limit = _limit(rule, bounds, strict)
+        wrong |= (_radius(params, basis, rule) > limit).any(-1)
+    return wrong
+
+
+def _limit(
+    rule: SpectralNormalization, bounds: Bounds, strict: bool
+) -> Tensor:
+    """Radius that is let through, (groups or 1, 1).
+
+    Beside a bound of the real part, which a scale undoes in part, a
+    thousandth more, but no more than the distance of that bound from zero.
+    """
+    rho = _rho_max(rule)
+    slack = RADIUS_SLACK * rho
+    if -math.inf < bounds.ceiling < 0:
+        slack = (PAIR_SLACK * rho).clamp(max=-bounds.ceiling).maximum(slack)
+    return rho + slack * (0.5 if strict else 1.0)
+
+
+def _rho_max(rule: SpectralNormalization) -> Tensor:
+    """(groups or 1, 1), float64."""
+    rho = torch.as_tensor(rule.rho_max, dtype=torch.float64).cpu()
+    rho = rho.reshape(-1, 1)
+    return rho.amax(0, keepdim=True) if rule.granularity == 'layer' else rho
+
+
+def _radius(
+    params: BlockLowRank, basis: Eigenbasis, rule: SpectralNormalization
+) -> Tensor:
+    """What the rule bounds: (groups, 1), or of K blocks and U V^T."""
+    exact = rule.radius == 'exact'
+    if rule.granularity != 'block':
+        if exact:
+            return basis.eigenvalues.abs().amax(-1, keepdim=True)
+        return gelfand_bound(params.dense())[:, None]
+    find = spectral_radius if exact else gelfand_bound
+    radii = find(params.blocks)
+    if not params.U.shape[-1]:
+        return radii
+    # U V^T has the nonzero eigenvalues of V^T U
+    return torch.cat([radii, find(params.V.mT @ params.U)[:, None]], 1)
+
+
+def _of_some(bounds: Bounds, index: Tensor) -> Bounds:
+    """The bounds of some of the matrices."""
+    return replace(
+        bounds,
+        scalings=tuple(
+            replace(rule, rho_max=rule.rho_max.cpu()[index])
+            if isinstance(rule.rho_max, Tensor)
+            else rule
+            for rule in bounds.scalings
+        ),
+    )
+
+
+def _check_precision(
+    params: BlockLowRank,
+    bounds: Bounds,
+    dtype: torch.dtype,
+    wrong: Tensor,
+    basis: Eigenbasis,
+    name: str,
+) -> None:
+    """Raise where rounding moves eigenvalues across the whole margin.
+
+    Not for halves as parameters, of which a few ulp are overshot instead.
+    """
+    margin = -bounds.ceiling
+    if not 0 < margin < math.inf or dtype.itemsize < 4:
+        return
+    size = torch.linalg.matrix_norm(params.dense()) * wrong
+    for rule in bounds.scalings:
+        if rule.granularity != 'block':
+            radius = basis.eigenvalues.abs().amax(-1)
+            size = size / (radius / _rho_max(rule)[:, 0]).clamp(min=1.0)
+    lost = float(size.amax()) * torch.finfo(dtype).eps / 2
+    if lost >= margin / 2:
+        raise ValueError(
+            f'the state matrix {name or "of this layer"} cannot be kept at '
+            f'real parts of at most {-margin:g}: with a norm of '
+            f'{float(size.amax()):.3g} rounding to {dtype} moves its '
+            f'eigenvalues by {lost:.3g}. Bound its spectral radius too '
+            '(SpectralNormalizationHook), or ask for a larger eps'
+        )
+
+
+# -------------------------------------------------------------------- moves
+
+
+def _move(
+    params: BlockLowRank, bounds: Bounds, dtype: torch.dtype, attempt: int
+) -> tuple[BlockLowRank, Tensor, Tensor]:
+    """One round of scale, blend, fit and shift, in float64.
+
+    Returns:
+        tuple[BlockLowRank, Tensor, Tensor]: Moved matrices; their share s of
+        the blend and the residual of their fit, (groups,).
+    """
+    eps = torch.finfo(dtype).eps
+    for rule in bounds.scalings:
+        params = _scale(params, rule, bounds, attempt * eps)
+    share = torch.zeros(len(params.blocks), dtype=torch.float64)
+    if bounds.condition_max < math.inf:
+        params, share = _condition(params, bounds.condition_max)
+    residual = torch.zeros_like(share)
+    fits = bounds.method != 'shift' or bounds.floor > -math.inf
+    if fits and attempt < 2:
+        params, residual = _fit(params, bounds)
+    if bounds.ceiling < math.inf:
+        params = _shift(params, bounds, eps)
+    return params, share, residual
+
+
+def _scale(
+    params: BlockLowRank,
+    rule: SpectralNormalization,
+    bounds: Bounds,
+    extra: float,
+) -> BlockLowRank:
+    basis = decompose(params.dense())
+    radius, rho = _radius(params, basis, rule), _rho_max(rule)
+    if rule.granularity == 'layer':
+        radius = radius.amax(0, keepdim=True).expand_as(radius)
+    above = radius > _limit(rule, bounds, strict=True)
+    scale = torch.where(above, radius / rho * (1 + extra), 1.0)
+    if rule.granularity != 'block':
+        return params.scaled(scale[:, 0])
+    blocks = scale[:, : params.blocks.shape[1], None, None]
+    if not params.U.shape[-1]:
+        return params._replace(blocks=params.blocks / blocks)
+    root = scale[:, -1, None, None].sqrt()
+    return BlockLowRank(
+        params.blocks / blocks, params.U / root, params.V / root
+    )
+
+
+def _fit(params: BlockLowRank, bounds: Bounds) -> tuple[BlockLowRank, Tensor]:
+    """Blocks and low rank nearest to the clamped violating matrices."""
+    dense = params.dense()
+    method = 'eig' if bounds.method == 'eig' else 'schur'
+    lambda_max = None if bounds.floor == -math.inf else -bounds.floor
+    target = clamp_matrix(dense, -bounds.ceiling, lambda_max, method)
+    wrong = (target != dense).flatten(1).any(1)
+    residual = torch.zeros(len(dense), dtype=torch.float64)
+    if not wrong.any():
+        return params, residual
+    size, rank = params.blocks.shape[-1], params.U.shape[-1]
+    start = (params.U[wrong], params.V[wrong]) if rank else None
+    *fitted, misfit = fit_block_low_rank(
+        target[wrong], size, rank, start=start
+    )
+    residual[wrong] = misfit
+    return params.put(wrong, BlockLowRank(*fitted)), residual
+
+
+def _shift(params: BlockLowRank, bounds: Bounds, eps: float) -> BlockLowRank:
+    """Move all eigenvalues of a matrix until the largest obeys."""
+    dense = params.dense()
+    highest = torch.linalg.eig(dense)[0].real.amax(-1)
+    if bounds.condition_max == math.inf:
+        highest = highest.maximum(torch.linalg.eigvals(dense).real.amax(-1))
+    excess = highest - bounds.ceiling
+    diagonal = params.blocks.diagonal(dim1=-2, dim2=-1).abs()
+    rounding = 4 * eps * diagonal.flatten(1).amax(-1)
+    return params.shifted(torch.where(excess > 0, excess + rounding, 0.0))
+
+
+def _condition(
+    params: BlockLowRank, condition_max: float
+) -> tuple[BlockLowRank, Tensor]:
+    """Blend towards a normal matrix until the eigenvectors are good enough."""
+    limit = _CONDITION_TARGET * condition_max
+    normal = normal_blocks(params, Bounds(), torch.float64)
+    ill = ~(_conditions(params) <= condition_max)
+    share = torch.zeros(len(ill), dtype=torch.float64)
+    if not ill.any():
+        return params, share
+    part, other = params.at(ill), normal[ill]
+
+    def fits(s: Tensor) -> Tensor:
+        return _conditions(part.blended(other, s)) <= limit
+
+    share[ill] = _smallest(fits, len(other))
+    return params.put(ill, part.blended(other, share[ill])), share
+
+
+def _conditions(params: BlockLowRank) -> Tensor:
+    return condition_number(torch.linalg.eig(params.dense())[1])
+
+
+def _smallest(fits: Callable[[Tensor], Tensor], count: int) -> Tensor:
+    """Smallest share in [0, 1] that was seen to fit, by bisection."""
+    low = torch.zeros(count, dtype=torch.float64)
+    high = torch.ones_like(low)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        good = fits(middle)
+        low = torch.where(good, low, middle)
+        high = torch.where(good, middle, high)
+    return high
+
+
+def _blend_until(
+    params: BlockLowRank,
+    normal: Tensor,
+    bounds: Bounds,
+    dtype: torch.dtype,
+    todo: Tensor,
+) -> tuple[BlockLowRank, Tensor]:
+    """Blend with a matrix that obeys until what is stored obeys."""
+
+    def stored(s: Tensor) -> BlockLowRank:
+        return params.blended(normal, s).to(dtype).to(torch.float64)
+
+    def fits(s: Tensor) -> Tensor:
+        found = stored(s)
+        basis = decompose(found.dense())
+        return ~_violations(found, basis, bounds, strict=True)
+
+    share = torch.where(todo, _smallest(fits, len(todo)), 0.0)
+    return stored(share), share
+
+
+# ------------------------------------------------------- the normal matrix
+
+
+def normal_blocks(
+    params: BlockLowRank, bounds: Bounds, dtype: torch.dtype
+) -> Tensor:
+    """Blocks of a normal matrix near A that obeys all bounds.
+
+    A 2 x 2 block that turns more than it shears is made a rotation, with the
+    mean of its diagonal; else, as for every other size, the diagonal of A is
+    kept. Equal entries are spread downward, since on the way to a matrix with
+    equal eigenvalues every matrix would be defective.
+
+    Args:
+        params (BlockLowRank): A, float64.
+        bounds (Bounds): On real parts and radii.
+        dtype (torch.dtype): That will store the blocks.
+
+    Returns:
+        Tensor: (groups, K, b, b), float64, 1/step.
+    """
+    size = params.blocks.shape[-1]
+    dense = params.dense()
+    own = dense.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+    own = own.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # (groups, K, b, b)
+    real = own.diagonal(dim1=-2, dim2=-1)  # (groups, K, b)
+    turn = torch.zeros_like(real[..., 0])
+    if size == 2:
+        turn = (own[..., 0, 1] - own[..., 1, 0]) / 2
+        turns = turn.abs() > (real[..., 0] - real[..., 1]).abs() / 2
+        turn = torch.where(turns, turn, 0.0)
+        mean = real.mean(-1, keepdim=True).expand_as(real)
+        real = torch.where(turns[..., None], mean, real)
+    real = _spread(real, turn, dense, bounds, dtype)
+    turn = turn.sign() * turn.abs().minimum(_height(real[..., 0], bounds))
+    blocks = torch.diag_embed(real)
+    if size == 2:
+        blocks[..., 0, 1] += turn
+        blocks[..., 1, 0] -= turn
+    return blocks
+
+
+def _spread(
+    real: Tensor,
+    turn: Tensor,
+    dense: Tensor,
+    bounds: Bounds,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Clamp real parts (groups, K, b) to their bounds, and move them apart."""
+    eps = 8 * torch.finfo(dtype).eps
+    high, low = (
+        x if math.isinf(x) else x + sign * eps * abs(x)
+        for x, sign in ((bounds.ceiling, -1), (bounds.floor, 1))
+    )
+    lowest = torch.full_like(real[..., :1], low)
+    for rule in bounds.scalings:
+        rho = _modulus(rule, bounds, real.shape[1] * real.shape[2])
+        lowest = lowest.maximum(-rho[..., None].to(lowest))
+    groups, K, size = real.shape
+    # the diagonal entry's place; a rotation's two entries share theirs
+    place = torch.arange(K * size, dtype=real.dtype).view(K, size)
+    place = torch.where((turn != 0)[..., None], place[:, :1], place)
+    gap = _SPREAD * torch.linalg.matrix_norm(dense)[:, None, None] / (K * size)
+    spread = real.clamp(max=high) - place * gap
+    inside = spread.maximum(lowest).clamp(max=high)
+    return inside
+
+
+_SPREAD = 0.1
+"""How far the last diagonal entry is moved, relative to the norm of A."""
+
+
+def _modulus(rule: SpectralNormalization, bounds: Bounds, size: int) -> Tensor:
+    """Radius that a normal matrix may have under a rule, (groups or 1, 1)."""
+    rho = _rho_max(rule)
+    if rule.radius == 'gelfand':
+        rho = rho * size ** (-0.5 / 1024)
+    return rho.clamp(min=max(-bounds.ceiling, 0.0) if bounds.scalings else 0)
+
+
+def _height(real: Tensor, bounds: Bounds) -> Tensor:
+    """Largest imaginary part beside these real parts, (groups, K)."""
+    height = torch.full_like(real, torch.inf)
+    for rule in bounds.scalings:
+        rho = _modulus(rule, bounds, 2 * real.shape[1]).to(real)
+        height = height.minimum((rho**2 - real**2).clamp(min=0.0).sqrt())
+    return height
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """(groups, K, b, b) to (groups, K b, K b)."""
+    eye = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    # (groups, K, b, 1, b) times (K, 1, K, 1)
+    dense = blocks[:, :, :, None] * eye[:, None, :, None]
+    return dense.flatten(3, 4).flatten(1, 2)
