@@ -35,6 +35,7 @@ _PUBLIC = {
     'SimpleFeaturePyramid': 'mmstabvim.models',
     'SpectralConstraintLoss': 'mmstabvim.models',
     'SpectralNormalizationHook': 'mmstabvim.engine',
+    'StabilityError': 'mmstabvim.layers',
     'StabilityLoss': 'mmstabvim.models',
     'StabilityLossHook': 'mmstabvim.engine',
     'StabilityMonitorHook': 'mmstabvim.engine',
@@ -42,6 +43,7 @@ _PUBLIC = {
     'VisionMamba': 'mmstabvim.models',
     'WeightSpectralNormHook': 'mmstabvim.engine',
     'load_weights': 'mmstabvim.loading',
+    'verify': 'mmstabvim.layers',
 }
 
 _NEED_MMENGINE = (

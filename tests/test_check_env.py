@@ -13,7 +13,6 @@ from mmstabvim import check_env
 from mmstabvim.models.vim_checkpoint import from_official
 from mmstabvim.ops import native
 
-
 GOLDENS = Path(__file__).parent / 'data' / 'goldens'
 
 

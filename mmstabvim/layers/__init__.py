@@ -7,6 +7,12 @@ from mmstabvim.layers.rms_norm import RMSNorm
 from mmstabvim.layers.rotary_embedding import RotaryEmbedding2d
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.layers.state_matrix import NegExpStateMatrix
+from mmstabvim.layers.verification import (
+    StabilityError,
+    Verification,
+    VerifiedMatrix,
+    verify,
+)
 from mmstabvim.layers.vision_mamba_block import VisionMambaBlock
 
 __all__ = [
@@ -17,5 +23,9 @@ __all__ = [
     'RMSNorm',
     'RotaryEmbedding2d',
     'SelectiveSSM',
+    'StabilityError',
+    'Verification',
+    'VerifiedMatrix',
     'VisionMambaBlock',
+    'verify',
 ]

@@ -39,6 +39,11 @@ from mmstabvim.stability.entropy import (
     effective_rank,
     spectral_entropy,
 )
+from mmstabvim.stability.growth import (
+    growth_exponent,
+    growth_exponent_bound,
+    state_gain_bound,
+)
 from mmstabvim.stability.hippo import (
     S4D_PAIRS,
     hippo_condition,
@@ -105,6 +110,7 @@ from mmstabvim.stability.sensitivity import (
 )
 from mmstabvim.stability.spectral import (
     block_low_rank_radius_bound,
+    eigenvalues,
     gelfand_bound,
     numerical_abscissa,
     spectral_abscissa,
@@ -155,6 +161,7 @@ __all__ = [
     'diagonalize_perturbed',
     'discrete_shift',
     'effective_rank',
+    'eigenvalues',
     'evaluated',
     'find_layers',
     'fit_block_low_rank',
@@ -163,6 +170,8 @@ __all__ = [
     'gaussian_changes',
     'gelfand_bound',
     'gradient_flow',
+    'growth_exponent',
+    'growth_exponent_bound',
     'hessian_extremes',
     'hessian_product',
     'hippo_condition',
@@ -211,6 +220,7 @@ __all__ = [
     'stability_penalty',
     'stable_rank',
     'state_bound',
+    'state_gain_bound',
     'state_growth',
     'state_response',
     'step_ranges',

@@ -26,11 +26,16 @@ from mmstabvim.layers.state_matrix import (
     state_matrices,
 )
 from mmstabvim.registry import HOOKS
+from mmstabvim.stability.growth import growth_of_sums
 from mmstabvim.stability.penalty import stability_penalty
+from mmstabvim.stability.spectral import SMALLEST_COSINE
 
 QUANTILES = (0.01, 0.5, 0.99)
 FILE_NAME = 'stability.jsonl'
 """In the folder of the run; one JSON object per record."""
+
+GROWTH = {'growth': 1, 'growth_4x': 4, 'growth_16x': 16}
+"""Growth exponents, and at how many lengths of the sequence."""
 
 _SNAPSHOTS = 20  # of the eigenvalues, if not told otherwise
 
@@ -44,6 +49,13 @@ SUMMARY: dict[str, Callable[[list[float]], float]] = {
     'horizon': max,
     'delta_max': max,
     'condition': max,
+    'growth': max,
+    'growth_4x': max,
+    'growth_16x': max,
+    'kind': max,
+    'bounded_gradients': sum,
+    'projected_matrices': sum,
+    'blend': max,
     'stability_penalty': sum,
     'grad_norm': max,
     'projected_share': max,
@@ -63,10 +75,17 @@ class StabilityMonitorHook(Hook):
     ``delta_max``, ``delta_mean``), the range of ``|exp(delta A)|``
     (``decay_min``, ``decay_max``), the memory ``horizon`` of the slowest mode
     in tokens (1 over the product of the mean
-    step and the real part), the norm of A's gradient as
+    step and the real part), the ``growth`` exponent of a state along the
+    sequence (nats) and, with the same steps, along one of 4 and of 16 times
+    its length (``growth_4x``, ``growth_16x``), the norm of A's gradient as
     the optimizer sees it (unscaled and clipped), and what the stabilizers
     did: ``projected_share`` of the parameters and ``projection_distance``, in
-    the mode ``'reparam'`` both of the eigenvalues.
+    the mode ``'reparam'`` both of the eigenvalues. Of full matrices also
+    ``kind``, how the scan runs (0 complex64, 1 complex128, 2 matrix
+    exponential), ``bounded_gradients``, the number of nearly defective ones
+    whose eigenvalues get a bounded gradient, and what a projection did:
+    ``projected_matrices``, the largest share ``blend`` of a normal matrix,
+    and ``fit_residual``.
 
     Written to ``stability.jsonl`` in the run's folder, to every visual
     backend as ``stab/<layer>/<name>``, and in one number over all layers to
@@ -194,6 +213,8 @@ class StabilityMonitorHook(Hook):
                 'max': flat.amax(0),
                 'mean': flat.mean(0),
                 'quantiles': quantiles(flat),
+                # of the sequence with the largest sum in each channel
+                'whole': delta.detach().float().sum(-2).flatten(0, -2).amax(0),
             }
 
         return look
@@ -239,6 +260,7 @@ class StabilityMonitorHook(Hook):
                 'stability_penalty': matrix.multiplicity
                 * stability_penalty(raw, self.eps, 'sum'),
                 'condition': matrix.condition(),
+                **_basis_rows(matrix),
             } | row
             if matrix.reparametrizations:
                 row['projected_share'] = (values != raw).float().mean()
@@ -373,7 +395,8 @@ def on_host(matrix: StateMatrix, tensors: Mapping[str, Tensor]) -> StateMatrix:
         for i, rule in enumerate(matrix.reparametrizations)
     ]
     if isinstance(twin, FullStateMatrix):
-        twin._known = None  # of the tensors that are replaced
+        # of the tensors that are replaced
+        twin._known = twin._obeying = twin.projection = None
     return twin
 
 
@@ -386,9 +409,10 @@ def _stand_ins(
     for name, buffer in matrix.named_buffers():
         yield id(buffer), tensors[name]
     yield id(matrix.reparametrizations), []
-    known = getattr(matrix, '_known', None)
-    if known is not None:  # a decomposition, which need not be copied
-        yield id(known), ()
+    for name in ('_known', '_obeying', 'projection'):
+        found = getattr(matrix, name, None)
+        if found is not None:  # need not be copied
+            yield id(found), ()
 
 
 def _bounds(matrix: StateMatrix) -> dict[str, Tensor]:
@@ -441,6 +465,21 @@ def _step_rows(
         'decay_max': slowest.exp(),
         'decay_min': fastest.exp(),
         'horizon': horizon.amax(),
+        **{
+            key: growth_of_sums(times * steps['whole'], least, real)
+            for key, times in GROWTH.items()
+        },
+    }
+
+
+def _basis_rows(matrix: StateMatrix) -> dict[str, Tensor]:
+    """How the scan runs with a full matrix, and how its gradient is taken."""
+    if not isinstance(matrix, FullStateMatrix):
+        return {}
+    basis = matrix.eigenbasis()
+    return {
+        'kind': basis.kind(matrix.kappa_max, gradient=True).amax(),
+        'bounded_gradients': (basis.cosine < SMALLEST_COSINE).sum(),
     }
 
 

@@ -163,13 +163,13 @@ def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
         for r in clampings
         if r.condition_max is not None
     ]
-    methods = {r.method for r in clampings} - {None, 'shift'}
+    methods = [r.method for r in clampings if r.method not in (None, 'shift')]
     return Bounds(
         ceiling,
         floor,
         min(conditions, default=math.inf),
         tuple(r for r in normalizations if r.domain == 'continuous'),
-        sorted(methods)[0] if methods else 'shift',
+        methods[0] or 'shift' if methods else 'shift',
     )
 
 
@@ -248,7 +248,7 @@ def _violations(
     """Which matrices violate a bound, (groups,); strictly, or with a band."""
     real = basis.eigenvalues.real
     dense = params.dense()
-    band = 0.0 if strict else BAND * torch.linalg.matrix_norm(dense)
+    band = (0.0 if strict else BAND) * torch.linalg.matrix_norm(dense)
     if bounds.ceiling <= 0 and not strict:
         # never so wide that it reaches the border of stability
         band = torch.clamp(band, max=-bounds.ceiling / 2)
@@ -544,7 +544,7 @@ def _spread(
     for rule in bounds.scalings:
         rho = _modulus(rule, bounds, real.shape[1] * real.shape[2])
         lowest = lowest.maximum(-rho[..., None].to(lowest))
-    groups, K, size = real.shape
+    K, size = real.shape[1:]
     # the diagonal entry's place; a rotation's two entries share theirs
     place = torch.arange(K * size, dtype=real.dtype).view(K, size)
     place = torch.where((turn != 0)[..., None], place[:, :1], place)

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from mmstabvim.layers import SelectiveSSM, VisionMambaBlock
-from mmstabvim.stability import count_nonfinite, gradient_flow, step_ranges
+from mmstabvim.stability import (
+    count_nonfinite,
+    gradient_flow,
+    growth_exponent,
+    step_ranges,
+)
 from mmstabvim.stability.diagnostics import SKIPPED, UNDERFLOW
 
 Row = dict[str, Any]
@@ -17,6 +22,9 @@ Rows = list[Row]
 WAYS = ('forward', 'backward')
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NAMES = tuple(f'q{round(100 * q):02d}' for q in QUANTILES)
+
+GROWTH = {'growth': 1, 'growth_4x': 4, 'growth_16x': 16}
+"""Growth exponents, and at how many lengths of the sequence."""
 
 SHORT = 2.0
 """Tokens within which a mode counts as forgetting at once."""
@@ -52,6 +60,7 @@ class Direction:
         self.images = self.tokens = 0
         self.nonfinite = 0
         self.sums: Tensor | None = None  # of the steps, by channel
+        self.growth = dict.fromkeys(GROWTH, -math.inf)
         self.flows: list[tuple[float, float]] = []
         self.ranges: list[dict[str, float]] = []
         self.kept: list[Tensor] = []
@@ -76,10 +85,14 @@ class Direction:
         self.tokens += delta.shape[1]
         steps = delta.double().sum((0, 1))
         self.sums = steps if self.sums is None else self.sums + steps
+        for key, times in GROWTH.items():
+            length = times * delta.shape[1]
+            found = float(growth_exponent(delta, values.real, length))
+            self.growth[key] = max(self.growth[key], found)
         flow = gradient_flow(delta, values, self.reverse)
         self.flows.append((float(flow.vanished), float(flow.exploding)))
-        found = step_ranges(delta, values)._asdict()
-        self.ranges.append({k: float(v) for k, v in found.items()})
+        ranges = step_ranges(delta, values)._asdict()
+        self.ranges.append({k: float(v) for k, v in ranges.items()})
         self.kept.append(some(delta.flatten(), KEPT, self.images))
         self.deltas += delta_counts(delta)
         self.decays += decay_counts(delta[0], values.real)
@@ -97,6 +110,7 @@ class Direction:
         row |= named('delta', torch.cat(self.kept))
         vanished, exploding = torch.tensor(self.flows).mean(0).tolist()
         row |= dict(vanished=vanished, exploding=exploding)
+        row |= self.growth
         row |= self.horizon_row()
         row |= self.exact_shares()
         return row

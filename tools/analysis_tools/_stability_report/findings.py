@@ -7,7 +7,7 @@ from typing import Any
 
 from _trained.writing import number
 
-from _stability_report.directions import LONG, SHORT
+from _stability_report.directions import GROWTH, LONG, SHORT
 from _stability_report.measure import Measured
 from _stability_report.source import finite
 from _stability_report.tensors import LIMITS, largest_shares, overflows
@@ -152,6 +152,17 @@ def _say_unstable(row: Row) -> str:
     if decay is None:
         return text
     return f'{text}: one token multiplies a state by up to {number(decay, 4)}'
+
+
+def _say_growth(row: Row) -> str:
+    text = ', '.join(
+        f'{number(row[key])} at {times * row["tokens"]:,.0f}'
+        for key, times in GROWTH.items()
+    )
+    return (
+        'a mode can grow along the sequence, by a factor of e to the power '
+        f'of (tokens): {text}. Larger images may overflow where these did not'
+    )
 
 
 def _say_short(row: Row) -> str:
@@ -416,6 +427,7 @@ def _spikes(
 LOOKS: tuple[Callable[[Measured], Iterator[Finding]], ...] = (
     _nonfinite,
     _direction('unstable', 'unstable', _say_unstable),
+    _direction('growth', 'growth_16x', _say_growth),
     _direction('exploding', 'exploding', _say_flow('grown', 'exploding')),
     _direction('vanishing', 'vanished', _say_flow('vanished', 'vanished')),
     _direction('short_memory', 'short', _say_short),

@@ -176,6 +176,9 @@ def delta_table(measured: Measured) -> Table:
         skipped='skipped',
         decay_max='max |exp(ΔA)|',
         growing='above 1',
+        growth='Γ',
+        growth_4x='Γ, 4 L',
+        growth_16x='Γ, 16 L',
         max_phase='max phase',
     )
     shares = dict(
@@ -188,7 +191,9 @@ def delta_table(measured: Measured) -> Table:
         'delta',
         'Step size',
         'Skipped: share below 1e-4. Above 1: share of (token, channel, mode) '
-        'whose state grows. Phase: Δ |Im λ|; above π it aliases.',
+        'whose state grows. Γ: the largest exponent by which a mode grows '
+        'between two tokens of the sequence, of length L, and of longer ones. '
+        'Phase: Δ |Im λ|; above π it aliases.',
         heads,
         rows,
         [_line(row, heads, shares) for row in rows],

@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 from _stability_report.directions import LONG, SHORT
 from mmstabvim.stability.diagnostics import EXPLODING, SKIPPED, VANISHED
 
@@ -13,6 +15,12 @@ THRESHOLDS: dict[str, tuple[int, float, str]] = {
     'nonfinite_tensor': (BROKEN, 0, 'any tensor is NaN or infinite on images'),
     'nonfinite_loss': (BROKEN, 0, 'the logged loss became NaN or infinite'),
     'unstable': (HIGH, 0, 'any eigenvalue has Re λ > 0'),
+    'growth': (
+        HIGH,
+        math.log(torch.finfo(torch.float16).max),
+        'a state can grow beyond float16 at 16 times the length of the '
+        'sequence',
+    ),
     'exploding': (
         HIGH,
         0,

@@ -1,0 +1,73 @@
+"""How far a training can move a parameter, before it starts."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import Runner
+from torch import Tensor
+
+MOST = 3.2
+"""Times the sum of the learning rates that Adam can move a parameter by,
+with its usual betas; about once is usual."""
+
+
+def adam_budget(runner: Runner, parameters: Iterable[Tensor]) -> float | None:
+    """Sum the learning rates of some parameters over the training.
+
+    Adam divides a gradient by its size, so a parameter moves by about the
+    learning rate in a step, whatever the loss.
+
+    Args:
+        runner (Runner): About to train, with optimizer and schedules.
+        parameters (Iterable[Tensor]): Of one group of the optimizer.
+
+    Returns:
+        float | None: The sum; None for other optimizers, and where it cannot
+        be known before.
+    """
+    wrapper = runner.optim_wrapper
+    schedulers = runner.param_schedulers or []
+    if isinstance(wrapper, OptimWrapperDict) or isinstance(schedulers, dict):
+        return None
+    optimizer = wrapper.optimizer
+    if 'adam' not in type(optimizer).__name__.lower():
+        return None
+    wanted = {id(p) for p in parameters}
+    group = next(
+        (
+            i
+            for i, g in enumerate(optimizer.param_groups)
+            if any(id(p) in wanted for p in g['params'])
+        ),
+        None,
+    )
+    if group is None or not runner.max_iters:
+        return None
+    return _sum(optimizer, schedulers, group, runner)
+
+
+def _sum(
+    optimizer: Any, schedulers: list[Any], group: int, runner: Runner
+) -> float:
+    """Walk copies of the schedules on a copy of the groups."""
+    groups = [
+        {
+            **{k: v for k, v in g.items() if k != 'params'},
+            'params': [torch.nn.Parameter(torch.zeros(()))],
+        }
+        for g in optimizer.param_groups
+    ]
+    twin = type(optimizer)(groups)
+    memo = {id(optimizer): twin, id(runner.optim_wrapper): twin}
+    walking = [copy.deepcopy(s, memo) for s in schedulers]
+    length = max(len(runner.train_dataloader), 1)
+    total = 0.0
+    for i in range(runner.iter, runner.max_iters):
+        total += float(twin.param_groups[group]['lr'])
+        for scheduler in walking:
+            if not scheduler.by_epoch or (i + 1) % length == 0:
+                scheduler.step()
+    return total
