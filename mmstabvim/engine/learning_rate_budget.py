@@ -1,10 +1,13 @@
 """How far a training can move a parameter, before it starts."""
 
 import copy
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
@@ -71,3 +74,34 @@ def _sum(
             if not scheduler.by_epoch or (i + 1) % length == 0:
                 scheduler.step()
     return total
+
+
+def say_if_out_of_reach(
+    runner: Runner, what: str, matrices: Mapping[str, Any], real: float
+) -> None:
+    """Say whether training can bring an eigenvalue to a border.
+
+    Args:
+        runner (Runner): About to train.
+        what (str): Who acts beyond the border.
+        matrices (Mapping[str, StateMatrix]): By name.
+        real (float): Real part of the border, 1/step.
+    """
+    distances = {n: m.distance_to(real) for n, m in matrices.items()}
+    name = min(distances, key=distances.__getitem__)
+    budget = adam_budget(runner, matrices[name].parameters())
+    distance = distances[name]
+    if budget is None or distance == math.inf:
+        return
+    verdict, level = 'can act', logging.INFO
+    if MOST * budget < distance:
+        verdict, level = 'cannot act in this training', logging.WARNING
+    elif budget < distance:
+        verdict, level = 'is unlikely to act in this training', logging.WARNING
+    print_log(
+        f'{what} {verdict}: the nearest eigenvalue ({name}) is {distance:.3g} '
+        f'from its border, and the learning rates add up to {budget:.3g}, by '
+        f'about which Adam moves a parameter (at most by {MOST} times that)',
+        logger='current',
+        level=level,
+    )

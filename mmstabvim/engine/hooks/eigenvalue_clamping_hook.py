@@ -1,6 +1,13 @@
 """Keep the eigenvalues of the state matrices in the stable half plane."""
 
-from mmstabvim.engine.hooks.stabilizer_hook import StabilizerHook
+from mmengine.runner import Runner
+
+from mmstabvim.engine.hooks.stabilizer_hook import (
+    StabilizerHook,
+    find_matrices,
+    trained,
+)
+from mmstabvim.engine.learning_rate_budget import say_if_out_of_reach
 from mmstabvim.layers.state_matrix import EigenvalueClamping, StateMatrix
 from mmstabvim.registry import HOOKS
 
@@ -74,6 +81,15 @@ class EigenvalueClampingHook(StabilizerHook):
             grad,
             condition_max,
         )
+
+    def before_train(self, runner: Runner) -> None:
+        """As every stabilizer; and say if training cannot reach the bound."""
+        matrices = trained(find_matrices(runner, type(self).__name__))
+        if matrices and self.rule.lambda_max is None:
+            say_if_out_of_reach(
+                runner, type(self).__name__, matrices, -self.rule.floor
+            )
+        super().before_train(runner)
 
     def rule_for(self, name: str, matrix: StateMatrix) -> EigenvalueClamping:
         """The same for every matrix."""

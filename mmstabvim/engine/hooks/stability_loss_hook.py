@@ -12,6 +12,7 @@ from mmstabvim.engine.hooks.stabilizer_hook import (
     bare_model,
     find_matrices,
 )
+from mmstabvim.engine.learning_rate_budget import say_if_out_of_reach
 from mmstabvim.registry import HOOKS, MODELS
 
 CHECKPOINT_KEY = 'stability_losses'
@@ -134,7 +135,11 @@ class StabilityLossHook(Hook):
                         "before they are penalized; its mode='reparam' lets "
                         'both act'
                     )
-        if reason:
+        if reason is None:
+            say_if_out_of_reach(
+                runner, type(self).__name__, matrices, float(eps)
+            )
+        else:
             print_log(
                 f'{type(self).__name__} is zero throughout: {reason}',
                 logger='current',

@@ -193,6 +193,19 @@ class StateMatrix(nn.Module):
         return self.eigenvalues().real.amax(-1)
 
     @torch.no_grad()
+    def distance_to(self, real: float) -> float:
+        """How far a parameter is from an eigenvalue with this real part.
+
+        Args:
+            real (float): 1/step.
+
+        Returns:
+            float: Of the nearest eigenvalue, in the parameter's own unit;
+            0 if one has it or more, infinite if none ever can.
+        """
+        return max(real - float(self.raw_eigenvalues().real.amax()), 0.0)
+
+    @torch.no_grad()
     def spectral_normalize_(self, **options: object) -> None:
         """Apply :class:`.constraints.SpectralNormalization` in place."""
         self.apply_(SpectralNormalization(**options))  # type: ignore[arg-type]

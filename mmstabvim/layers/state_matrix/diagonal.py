@@ -70,36 +70,40 @@ class DiagonalStateMatrix(StateMatrix):
         if not rules:
             return params
         check_together(rules)
-        new = self._together(params, rules)
-        if dtype is None or dtype.itemsize >= params[0].dtype.itemsize:
+        dtype = params[0].dtype if dtype is None else dtype
+        new = params
+        for rule in rules:
+            new = self._rounded(rule(self, new), rule, dtype)
+        if len(rules) < 2:
             return new
-        stored = tuple(x.to(dtype) for x in new)
+        obeys = self._obeys(params, rules, torch.finfo(dtype).eps)[:, None]
+        pairs = zip(params, new, strict=True)
+        return tuple(torch.where(obeys, old, x) for old, x in pairs)
+
+    def _rounded(
+        self, params: Params, rule: Constraint, dtype: torch.dtype
+    ) -> Params:
+        """Numbers of a narrower dtype that obey, in their own dtype."""
+        wide = params[0].dtype
+        if dtype.itemsize >= wide.itemsize:
+            return params
+        stored = tuple(x.to(dtype) for x in params)
         for _ in range(_ROUNDINGS):
-            wide = tuple(
-                x.to(y.dtype) for x, y in zip(stored, new, strict=True)
-            )
-            wanted = self._together(wide, rules)
-            moved = [w != x for w, x in zip(wanted, wide, strict=True)]
+            given = tuple(x.to(wide) for x in stored)
+            wanted = rule(self, given)
+            moved = [w != x for w, x in zip(wanted, given, strict=True)]
             if not torch.stack([m.any() for m in moved]).any():
                 break
             stored = tuple(
                 torch.where(m, _next(x, w), x)
                 for m, x, w in zip(moved, stored, wanted, strict=True)
             )
-        return stored
-
-    def _together(self, params: Params, rules: Sequence[Constraint]) -> Params:
-        new = params
-        for rule in rules:
-            new = rule(self, new)
-        if len(rules) < 2:
-            return new
-        obeys = self._obeys(params, rules)[:, None]
-        pairs = zip(params, new, strict=True)
-        return tuple(torch.where(obeys, old, x) for old, x in pairs)
+        return tuple(x.to(wide) for x in stored)
 
     @torch.no_grad()
-    def _obeys(self, params: Params, rules: Sequence[Constraint]) -> Tensor:
+    def _obeys(
+        self, params: Params, rules: Sequence[Constraint], rounding: float
+    ) -> Tensor:
         """Which rows obey all rules, (rows,), bool.
 
         Clamping the real part of a complex eigenvalue takes its modulus up
@@ -123,7 +127,8 @@ class DiagonalStateMatrix(StateMatrix):
                 if rule.granularity == 'layer':
                     rho_max = rho_max.amax()
                 if values.is_complex() and ceiling < 0:
-                    rho_max = rho_max.hypot(rho_max.new_tensor(-ceiling))
+                    eps = rho_max.new_tensor(-ceiling * (1 + rounding))
+                    rho_max = rho_max.hypot(eps)
                 within = modulus <= rho_max * (1 + 1e-6)
                 layer = rule.granularity == 'layer'
                 obeys = obeys & (within.all() if layer else within)
@@ -141,6 +146,13 @@ def _next(x: Tensor, towards: Tensor) -> Tensor:
     )
     # halves have no nextafter on a GPU
     return torch.nextafter(x.cpu(), infinite.to(x.dtype).cpu()).to(x.device)
+
+
+def _log_distance(log_rate: Tensor, real: float) -> float:
+    """How far the smallest of these is from ``log(-real)``."""
+    if real >= 0:
+        return math.inf
+    return max(float(log_rate.detach().amin()) - math.log(-real), 0.0)
 
 
 class NegExpStateMatrix(DiagonalStateMatrix):
@@ -167,6 +179,10 @@ class NegExpStateMatrix(DiagonalStateMatrix):
         check_init(init, 'neg_exp')
         rates = -s4d_real(d_state, torch.float32)
         self.A_log = nn.Parameter(rates.log().repeat(d_inner, 1))
+
+    def distance_to(self, real: float) -> float:
+        """In units of A_log; infinite for ``real >= 0``."""
+        return _log_distance(self.A_log, real)
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Of (A_log,): real, (d_inner, d_state)."""
@@ -302,6 +318,12 @@ class ComplexStateMatrix(DiagonalStateMatrix):
             self.multiplicity = self.numbers = 1
         if hippo_bias and start.input_matrix is not None:
             self.input_bias = InputBias(start.input_matrix)
+
+    def distance_to(self, real: float) -> float:
+        """In units of log_re, or of re if that is the parameter."""
+        if self.can_be_unstable:
+            return super().distance_to(real)
+        return _log_distance(self.log_re, real)
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Of (log_re or re, im): complex, (d_inner, d_state)."""
