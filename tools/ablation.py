@@ -5,6 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# first, to say what is missing of OpenMMLab
+import mmstabvim.engine  # noqa: F401
+
+# isort: split
 from mmengine.config import DictAction
 
 from mmstabvim.ablation import report, results

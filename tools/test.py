@@ -7,6 +7,10 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+# first, to say what is missing of OpenMMLab
+import mmstabvim.engine  # noqa: F401
+
+# isort: split
 import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process

@@ -5,6 +5,10 @@ import os
 import sys
 from collections.abc import Sequence
 
+# first, to say what is missing of OpenMMLab
+import mmstabvim.engine  # noqa: F401
+
+# isort: split
 from mmengine.config import Config
 from mmengine.device import get_device
 

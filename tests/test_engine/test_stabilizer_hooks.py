@@ -24,8 +24,11 @@ from mmstabvim import (
     SpectralNormalizationHook,
     StabilityLoss,
     StabilityLossHook,
+    verify,
 )
+from mmstabvim.engine import learning_rate_budget
 from mmstabvim.engine.hooks import stabilizer_hook
+from mmstabvim.engine.hooks.after_step_hook import averages_of
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.layers.state_matrix import (
     EigenvalueClamping,
@@ -346,6 +349,152 @@ def test_resume_where_both_rules_bind(config, tmp_path):
     config.custom_hooks[1].eps = 1.8
     config.train_cfg.max_epochs = 1
     assert abscissa(train(config).model) <= -1.8 + 1e-4
+
+
+@pytest.mark.parametrize('ema', [False, True])
+@pytest.mark.parametrize('matrix', MATRICES)
+def test_a_reparametrized_model_survives_its_checkpoint(
+    config, tmp_path, matrix, ema
+):
+    """Loaded without hooks it is the model that was trained."""
+    config.model.backbone.state_matrix = dict(MATRICES[matrix])
+    config.custom_hooks = [
+        dict(SN, rho_max=1.0, mode='reparam'),
+        dict(EC, eps=0.5, mode='reparam'),
+    ]
+    if ema:
+        config.custom_hooks.append(dict(type='EMAHook', momentum=0.3))
+    runner = train(config)
+    model = runner.model.eval()
+    image = torch.rand(2, 3, 8, 8)
+    if ema:
+        average = next(averages_of(runner)).module
+        values = [p.detach().clone() for p in average.parameters()]
+        for parameter, value in zip(model.parameters(), values, strict=True):
+            parameter.data.copy_(value)
+    with torch.no_grad():
+        wanted = model.backbone(image)[0]
+    path = f'{config.work_dir}/epoch_1.pth'
+    config.custom_hooks = []
+    plain = Runner.from_cfg(config)
+    plain.load_checkpoint(path)
+    found = plain.model.eval().backbone
+    assert not any(
+        m.reparametrizations for m in state_matrices(found).values()
+    )
+    with torch.no_grad():
+        assert torch.equal(found(image)[0], wanted)
+    # clamping of complex eigenvalues takes their modulus to hypot(1, 0.5)
+    assert radius(found) <= math.hypot(1, 0.5) + 1e-5
+    assert abscissa(found) <= -0.5 + 1e-6
+
+
+def test_two_rules_of_one_kind_act_together(config):
+    """In the forward pass as in place."""
+    for mode in ('project', 'reparam'):
+        config.custom_hooks = [
+            dict(EC, eps=0.5, mode=mode),
+            dict(EC, eps=0.1, lambda_max=2.0, mode=mode),
+        ]
+        model = train(config).model
+        values = torch.cat(
+            [m.eigenvalues() for m in state_matrices(model).values()]
+        )
+        assert values.max() <= -0.5 + 1e-6
+        assert values.min() >= -2.0 - 1e-5
+        config.work_dir += '-reparam'
+
+
+def test_frozen_matrices_are_left_alone(config, warnings):
+    class Freeze(Hook):
+        priority = 'VERY_HIGH'
+
+        def before_train(self, runner):
+            matrices = list(state_matrices(runner.model).values())
+            matrices[0].A.requires_grad_(False)
+            matrices[0].A.fill_(3.0)
+
+    stabilizer_hook._say_frozen.cache_clear()
+    config.custom_hooks = [dict(EC, eps=0.5), dict(type='EMAHook')]
+    runner = Runner.from_cfg(config)
+    runner.register_hook(Freeze())
+    runner.train()
+    frozen, *others = state_matrices(runner.model).values()
+    assert (frozen.A == 3.0).all()
+    assert all(m.A.max() <= -0.5 for m in others)
+    average = next(averages_of(runner)).module
+    assert (next(iter(state_matrices(average).values())).A == 3.0).all()
+    said = [line for line in warnings if 'frozen' in line]
+    assert len(said) == 1
+    assert 'backbone.layers.0.mixer.directions.0.state_matrix' in said[0]
+
+
+@pytest.mark.parametrize('mode', ['project', 'reparam'])
+def test_ill_conditioned_matrices_are_kept_stable(config, mode):
+    """From random full matrices, at a high rate, with averages."""
+    config.model.backbone.state_matrix = dict(
+        type='full', groups=2, block_size=4
+    )
+    config.optim_wrapper.optimizer.lr = 0.3
+    config.train_cfg.max_epochs = 3
+    seen = []
+
+    class Watch(Hook):
+        priority = 'VERY_LOW'
+
+        def before_run(self, runner):
+            for matrix in state_matrices(runner.model).values():
+                for parameter in matrix.parameters():
+                    parameter.data.normal_(std=2.0)
+
+        def after_train_iter(self, runner, *args, **kwargs):
+            rows = verify(runner.model, 17, 0.01, 1e3)
+            seen.append(max(row.condition for row in rows))
+
+    config.custom_hooks = [
+        dict(EC, mode=mode),
+        dict(type='EMAHook', momentum=0.3),
+    ]
+    runner = Runner.from_cfg(config)
+    runner.register_hook(Watch())
+    runner.train()
+    assert len(seen) == 9
+    runner.model.load_state_dict(
+        torch.load(f'{config.work_dir}/epoch_3.pth', weights_only=False)[
+            'state_dict'
+        ]
+    )
+    verify(runner.model, 17, 0.01, 1e3)
+
+
+def test_what_the_start_costs_is_said(config, warnings):
+    config.model.backbone.arch.d_state = 16
+    config.model.backbone.state_matrix = dict(type='full', init='hippo')
+    config.custom_hooks = [dict(EC)]
+    config.train_cfg.max_epochs = 1
+    verify(train(config).model, 17, 0.01, 1e3)
+    assert any('blended with a normal matrix, by s up' in w for w in warnings)
+
+
+@pytest.mark.parametrize(
+    ('lr', 'verdict'),
+    [(1e-3, 'cannot act'), (0.2, 'is unlikely to act'), (0.5, 'can act')],
+)
+def test_whether_training_can_reach_the_bound(
+    config, monkeypatch, lr, verdict
+):
+    """Three steps from -1, and the border is at -0.01."""
+    lines = []
+    monkeypatch.setattr(
+        learning_rate_budget, 'print_log', lambda line, **_: lines.append(line)
+    )
+    config.custom_hooks = [dict(EC)]
+    config.optim_wrapper.optimizer.lr = lr
+    train(config)
+    (line,) = lines
+    assert f'EigenvalueClampingHook {verdict}' in line
+    assert 'is 0.99 from its border' in line
+    assert f'the learning rates add up to {3 * lr:.3g},' in line
 
 
 def test_fine_tuning_takes_the_radii_it_starts_with(config, tmp_path):
