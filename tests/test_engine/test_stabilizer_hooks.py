@@ -788,6 +788,25 @@ def test_loss_of_negative_exponentials():
     assert torch.allclose(A_log.grad, wanted)
 
 
+@pytest.mark.parametrize('coupling', [0.5, 4.0, 100.0])
+def test_loss_of_a_nearly_defective_matrix(coupling):
+    """One value, of the matrix itself, and a gradient that is bounded."""
+    ssm = SelectiveSSM(
+        1, 8, state_matrix=dict(type='full', block_size=8, rank=0)
+    )
+    dense = torch.diag(torch.full((7,), coupling), 1) - torch.eye(8)
+    dense[0, 0] = 0.5
+    ssm.state_matrix.blocks.data.copy_(dense)
+    loss = StabilityLoss(loss_weight=1.0)
+    value = loss(ssm)
+    with torch.no_grad():
+        assert torch.equal(loss(ssm), value)
+    assert value.item() == pytest.approx(0.49)
+    value.backward()
+    grad = ssm.state_matrix.blocks.grad[0, 0]
+    assert 0 < torch.linalg.matrix_norm(grad, 2) <= 8
+
+
 def test_conjugate_pairs_count_twice():
     """A stored complex eigenvalue, and the block of two that it stands for."""
     stored = SelectiveSSM(

@@ -16,6 +16,8 @@ from stability_oracles import (
 
 from mmstabvim.stability import (
     block_low_rank_radius_bound,
+    decompose,
+    eigenvalues,
     gelfand_bound,
     numerical_abscissa,
     spectral_abscissa,
@@ -51,6 +53,39 @@ def test_deterministic_matrices():
             -1.8825587884,
         ],
     )
+
+
+def test_eigenvalues_of_the_example():
+    """The printed gradient of the sum of relu(Re - 0.01)."""
+    A = detmat(4, 4).requires_grad_()
+    total = torch.relu(eigenvalues(A).real - 0.01).sum()
+    total.backward()
+    assert_printed(total, 2.5947272367)
+    row = [0.8931027007, -0.1906991998, -0.1768917746, -0.3307918526]
+    assert_printed(A.grad[0], row)
+    assert_printed(A.grad.trace(), 2.0)
+
+
+@pytest.mark.parametrize('eta', [1e-4, 1e-10, 0.0])
+def test_gradients_of_eigenvalues_stay_bounded(eta):
+    """Exact, or the numerical abscissa's where eigenvectors coincide."""
+    A = double([[0.5, 1.0], [eta, 0.4 if eta == 1e-4 else 0.5]])
+    A = torch.block_diag(A, double([[-1.0]])).requires_grad_()
+    values = eigenvalues(A)
+    with torch.no_grad():
+        assert torch.equal(eigenvalues(A), values)
+    values.real.max().backward()
+    if eta == 1e-4:
+        known = torch.autograd.functional.jacobian(
+            lambda A: torch.linalg.eigvals(A).real.max(), A.detach()
+        )
+        assert_printed(A.grad, known)
+        return
+    assert decompose(A.detach()).cosine < 1e-4
+    assert torch.linalg.matrix_norm(A.grad, 2) <= 1 + 1e-12
+    symmetric = (A.detach() + A.detach().mT) / 2
+    vector = torch.linalg.eigh(symmetric)[1][:, -1]
+    assert_printed(A.grad, torch.outer(vector, vector))
 
 
 def test_stable_matrix_with_positive_numerical_abscissa():
