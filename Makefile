@@ -3,6 +3,7 @@
 # make test      run the tests
 # make test-latest  run a quarter of them with the newest versions that
 #                setup.py allows; STACK=onedl for the fork of OpenMMLab
+# make test-campaign  run what takes long: the guarantee on 54,000 matrices
 # make lint      check style and types
 #
 # Each first creates .venv with the tested versions (some minutes, 6 GB).
@@ -34,7 +35,7 @@ LATEST_TESTS := $(addprefix tests/,test_layering.py test_stack.py \
     test_ops/test_fused_scan.py test_ops/test_causal_conv1d.py \
     test_ops/test_rms_norm.py test_ops/test_gated_merge.py)
 
-.PHONY: help setup demo demo-seg test test-latest lint
+.PHONY: help setup demo demo-seg test test-latest test-campaign lint
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -54,6 +55,10 @@ test: setup
 
 test-latest: $(LATEST)/.installed
 	$(LATEST)/bin/python -m pytest $(PYTEST_ARGS) $(LATEST_TESTS)
+
+test-campaign: setup
+	MMSTABVIM_FUZZ=500 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS) \
+	    tests/test_layers/test_guarantee.py
 
 lint: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff check
