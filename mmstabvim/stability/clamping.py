@@ -68,7 +68,8 @@ def clamp_real_part(
     """Bound the real parts: ``-lambda_max <= Re <= -eps``.
 
     ``Re' = min(Re, -eps)``, then ``max(Re', -lambda_max)``; imaginary parts
-    and values inside stay bitwise as they are.
+    and values inside stay bitwise as they are. A bound that the dtype does
+    not have is rounded inwards.
 
     Args:
         eigenvalues (Tensor): Continuous-time, any shape, real or complex,
@@ -87,13 +88,25 @@ def clamp_real_part(
     """
     _check_bounds(eps, lambda_max)
     check_finite('eigenvalues', eigenvalues)
-    low = None if lambda_max is None else -lambda_max
+    dtype = eigenvalues.dtype.to_real()
+    high = _within(-eps, dtype, -math.inf)
+    low = None
+    if lambda_max is not None:
+        low = min(_within(-lambda_max, dtype, math.inf), high)
     if eigenvalues.is_complex():
-        real = eigenvalues.real.clamp(low, -eps)
+        real = eigenvalues.real.clamp(low, high)
         clamped = torch.complex(real, eigenvalues.imag)
     else:
-        clamped = eigenvalues.clamp(low, -eps)
+        clamped = eigenvalues.clamp(low, high)
     return straight_through(eigenvalues, clamped) if ste else clamped
+
+
+def _within(bound: float, dtype: torch.dtype, towards: float) -> float:
+    """The number of a dtype next to a bound, on one side of it or on it."""
+    rounded = torch.tensor(bound, dtype=dtype)
+    if (float(rounded) - bound) * towards < 0:
+        rounded = torch.nextafter(rounded, torch.tensor(towards, dtype=dtype))
+    return float(rounded)
 
 
 def continuous_margin(margin: float, delta_ref: float) -> float:
