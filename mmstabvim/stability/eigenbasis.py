@@ -19,10 +19,10 @@ KINDS = ('complex64', 'complex128', 'exponential')
 KAPPA_LIMIT = 1e11
 """Condition number up to which a scan in complex128 is right to 2e-5."""
 
-_GRADIENT_ERROR = 0.1
+_SINGLE_ERROR, _DOUBLE_ERROR = 1.0, 0.01
 """Largest ``u kappa^2 / gap`` for which a gradient with respect to A is taken
-through the eigenvectors, u the rounding of the scan. Seen are errors of a
-twentieth of it, at most of twice."""
+through the eigenvectors, u the rounding of the scan, in complex64 and in
+complex128. Errors are a hundredth of it as a rule, a quarter for 2 x 2."""
 
 _SINGLE_GAP, _DOUBLE_GAP = 3.5e-5, 1.5e-9
 """Least relative distance of two eigenvalues for the same, in complex64 and
@@ -72,8 +72,8 @@ class Eigenbasis(NamedTuple):
             single = single & (self.gap >= _SINGLE_GAP)
             gap = self.gap.clamp(min=_DOUBLE_GAP)  # as separated() makes it
             lost = self.condition.square() / gap
-            single = single & (lost * 6e-8 <= _GRADIENT_ERROR)
-            double = double & (lost * 2.2e-16 <= _GRADIENT_ERROR / 10)
+            single = single & (lost * 6e-8 <= _SINGLE_ERROR)
+            double = double & (lost * 2.2e-16 <= _DOUBLE_ERROR)
         kind = torch.where(double, COMPLEX128, EXPONENTIAL)
         return torch.where(single & double, COMPLEX64, kind).to(torch.int8)
 

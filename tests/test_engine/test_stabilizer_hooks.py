@@ -333,6 +333,8 @@ def test_resume_repeats_the_uninterrupted_run(config, tmp_path, matrix, mode):
         assert torch.equal(start[1]._start[name], radii)
     a, b = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = (next(averages_of(r)).state_dict() for r in (whole, resumed))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_resume_where_both_rules_bind(config, tmp_path):

@@ -435,3 +435,19 @@ def test_shift_bounds_more_than_the_abscissa():
     shifted = clamp_matrix(A, 0.1, method='shift')
     moved = numerical_abscissa(A) - numerical_abscissa(shifted)
     torch.testing.assert_close(moved, spectral_abscissa(A) + 0.1)
+
+
+@pytest.mark.parametrize(
+    'dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+)
+def test_bounds_are_rounded_inwards(dtype):
+    """What is stored obeys in exact arithmetic."""
+    for eps, lambda_max in ((0.01, 0.3), (0.1, 0.7), (0.3, 1.1)):
+        low = clamp_real_part(
+            torch.full((1,), -9.0, dtype=dtype), eps, lambda_max
+        )
+        high = clamp_real_part(torch.zeros(1, dtype=dtype), eps, lambda_max)
+        assert low.double() >= -lambda_max
+        assert high.double() <= -eps
+        assert low.item() == pytest.approx(-lambda_max, rel=0.01)
+        assert high.item() == pytest.approx(-eps, rel=0.01)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmstabvim.stability import (
+    decompose,
     growth_exponent,
     growth_exponent_bound,
     state_gain_bound,
@@ -67,6 +68,21 @@ def test_no_state_exceeds_the_gain(alpha):
             assert state <= bound * (1 + 1e-12)
         if alpha < 0:
             assert state >= 0.6 * min(bound, delta * 200)
+
+
+def test_a_transient_needs_the_condition_number():
+    """[[-1, 100], [0, -2]] has abscissa -1, and a state of 33 for 1.1."""
+    A = torch.tensor([[-1.0, 100.0], [0.0, -2.0]]).double()
+    basis = decompose(A)
+    one, delta = torch.ones(()).double(), torch.tensor(0.1).double()
+    step, state = torch.linalg.matrix_exp(0.1 * A), torch.zeros(2).double()
+    for _ in range(100):
+        state = step @ state + 0.1 * torch.tensor([0.0, 1.0]).double()
+    alone, bound = (
+        state_gain_bound(kappa, -one, delta, math.inf)
+        for kappa in (one, basis.condition)
+    )
+    assert alone < state.norm() <= bound
 
 
 def test_bad_steps():

@@ -14,6 +14,7 @@ from mmstabvim.layers.state_matrix.base import (
     StateMatrix,
     autocast_off,
 )
+from mmstabvim.layers.state_matrix.block_low_rank import BlockLowRank
 from mmstabvim.layers.state_matrix.constraints import (
     Constraint,
     EigenvalueClamping,
@@ -24,7 +25,6 @@ from mmstabvim.layers.state_matrix.initialization import (
     full_start,
 )
 from mmstabvim.layers.state_matrix.projection import (
-    BlockLowRank,
     Outcome,
     bounds_of,
     project,
@@ -313,16 +313,7 @@ class FullStateMatrix(StateMatrix):
 
     def dense_of(self, params: Params) -> Tensor:
         """Matrices (groups, d_state, d_state), 1/step."""
-        blocks = params[0]
-        eye = torch.eye(
-            blocks.shape[1], dtype=blocks.dtype, device=blocks.device
-        )
-        # (groups, K, b, 1, b) times (K, 1, K, 1)
-        dense = blocks[:, :, :, None] * eye[:, None, :, None]
-        dense = dense.flatten(3, 4).flatten(1, 2)
-        if self.rank:
-            dense = dense + params[1] @ params[2].mT
-        return dense
+        return self._structured(params).dense()
 
     def eigenvalues_of(self, params: Params) -> Tensor:
         """Complex, (groups, d_state), float64 inside."""
@@ -342,18 +333,11 @@ class FullStateMatrix(StateMatrix):
 
     def scaled(self, params: Params, scale: Tensor) -> Params:
         """Blocks / c, and U and V / sqrt(c): the product is scaled by c."""
-        blocks, *factors = params
-        root = scale.sqrt()[:, None, None]
-        blocks = blocks / scale[:, None, None, None]
-        return (blocks, *(factor / root for factor in factors))
+        return self._structured(params).scaled(scale)[: len(params)]
 
     def shifted(self, params: Params, shift: Tensor) -> Params:
         """The diagonals of the blocks move, U and V stay."""
-        blocks, *factors = params
-        eye = torch.eye(
-            self.block_size, dtype=blocks.dtype, device=blocks.device
-        )
-        return (blocks - shift[:, None, None, None] * eye, *factors)
+        return self._structured(params).shifted(shift)[: len(params)]
 
     def normalize(self, params: Params, rule: SpectralNormalization) -> Params:
         """As every state matrix; or each block and U V^T by itself."""

@@ -231,7 +231,7 @@ def _check_usable(init: str, dense: Tensor, kappa_max: float) -> None:
     """Look at the matrix as parameters in float32 will hold it."""
     basis = decompose(dense.float())
     abscissa = float(basis.eigenvalues.real.amax())
-    if init == 'ptd' and basis.kind(kappa_max, True) != COMPLEX64:
+    if init == 'ptd' and basis.kind(kappa_max) != COMPLEX64:
         raise ValueError(
             f"init='ptd' gives an eigenbasis of condition number "
             f'{float(basis.condition):.3g}, '

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmstabvim.layers.state_matrix.block_low_rank import BlockLowRank
 from mmstabvim.layers.state_matrix.constraints import (
     Constraint,
     EigenvalueClamping,
@@ -23,11 +24,7 @@ from mmstabvim.layers.state_matrix.constraints import (
     check_together,
 )
 from mmstabvim.stability.clamping import clamp_matrix, fit_block_low_rank
-from mmstabvim.stability.eigenbasis import (
-    Eigenbasis,
-    condition_number,
-    decompose,
-)
+from mmstabvim.stability.eigenbasis import Eigenbasis, decompose
 from mmstabvim.stability.spectral import gelfand_bound, spectral_radius
 
 BAND = 1e-9
@@ -45,66 +42,6 @@ ROUNDS, PAIR_ROUNDS = 5, 25
 Scale and shift converge geometrically, by the ratio of both bounds."""
 
 _BISECTIONS = 14
-_CONDITION_TARGET = 0.9  # of the largest condition number, when projecting
-
-
-class BlockLowRank(NamedTuple):
-    """Parameters of matrices ``blkdiag(blocks) + U V^T``."""
-
-    blocks: Tensor
-    """(groups, K, b, b), 1/step."""
-    U: Tensor
-    """(groups, K b, r); r may be 0."""
-    V: Tensor
-    """As ``U``."""
-
-    def dense(self) -> Tensor:
-        """Assemble the matrices, (groups, N, N), 1/step."""
-        return _block_diagonal(self.blocks) + self.U @ self.V.mT
-
-    def to(self, dtype: torch.dtype) -> BlockLowRank:
-        """Convert all three."""
-        return BlockLowRank(*(x.to(dtype) for x in self))
-
-    def at(self, index: Tensor) -> BlockLowRank:
-        """Take some of the matrices."""
-        return BlockLowRank(*(x[index] for x in self))
-
-    def put(self, index: Tensor, other: BlockLowRank) -> BlockLowRank:
-        """Replace some of the matrices."""
-        new = BlockLowRank(*(x.clone() for x in self))
-        for old, value in zip(new, other, strict=True):
-            old[index] = value.to(old.dtype)
-        return new
-
-    def shifted(self, shift: Tensor) -> BlockLowRank:
-        """Subtract ``shift I``, (groups,), from the blocks."""
-        eye = torch.eye(self.blocks.shape[-1]).to(self.blocks)
-        return self._replace(
-            blocks=self.blocks - shift[:, None, None, None] * eye
-        )
-
-    def scaled(self, scale: Tensor) -> BlockLowRank:
-        """Divide by ``scale``, (groups,); U and V by its root."""
-        root = scale.sqrt()[:, None, None]
-        return BlockLowRank(
-            self.blocks / scale[:, None, None, None],
-            self.U / root,
-            self.V / root,
-        )
-
-    def blended(self, other: Tensor, share: Tensor) -> BlockLowRank:
-        """Form ``(1 - s) A + s E``, exactly in the structure.
-
-        Args:
-            other (Tensor): (groups, K, b, b), the blocks of E.
-            share (Tensor): (groups,), s in [0, 1].
-        """
-        s = share[:, None, None, None]
-        root = (1 - share).sqrt()[:, None, None]
-        return BlockLowRank(
-            (1 - s) * self.blocks + s * other, self.U * root, self.V * root
-        )
 
 
 class Outcome(NamedTuple):
@@ -183,10 +120,10 @@ def project(
 ) -> Outcome:
     """Move the matrices that violate a bound until what is stored obeys.
 
-    A matrix that obeys stays bit by bit. Others are blended towards a normal
-    matrix as far as their condition number asks, scaled and shifted (or
-    clamped and fitted to the structure), and rounded; after five rounds
-    without success they are blended with a normal matrix that obeys.
+    A matrix that obeys stays bit by bit. Others are scaled and shifted (or
+    clamped and fitted to the structure), and rounded, until they obey. What
+    that does not bring within its bounds, an ill-conditioned matrix above
+    all, is blended with a normal matrix that obeys, as far as needed.
 
     Args:
         params (BlockLowRank): As stored; widened is fine.
@@ -214,29 +151,42 @@ def project(
         return Outcome(work.to(dtype), basis, wrong, blend, residual)
     _check_precision(work, bounds, dtype, wrong, basis, name)
     bounds = _of_some(bounds, wrong)
-    part, normal = work.at(wrong), None
-    share = torch.zeros(len(part.blocks), dtype=torch.float64)
-    misfit = torch.zeros_like(share)
-    todo = torch.ones(len(share), dtype=torch.bool)
-    for attempt in range(PAIR_ROUNDS if bounds.scalings else ROUNDS):
-        moved, s, misfit_now = _move(part, bounds, dtype, attempt)
-        part = part.put(todo, moved.at(todo).to(dtype).to(torch.float64))
-        share = torch.where(todo, 1 - (1 - share) * (1 - s), share)
-        misfit = torch.where(todo, misfit_now, misfit)
-        todo = _violations(part, decompose(part.dense()), bounds, strict=True)
-        if any(rule.granularity == 'layer' for rule in bounds.scalings):
-            todo = todo | todo.any()
-        if not todo.any():
-            break
-    else:
-        normal = normal_blocks(part, bounds, dtype)
-        part, s = _blend_until(part, normal, bounds, dtype, todo)
-        share = torch.where(todo, 1 - (1 - share) * (1 - s), share)
+    part, blend[wrong], residual[wrong] = _settle(
+        work.at(wrong), bounds, dtype
+    )
     work = work.put(wrong, part)
-    blend[wrong], residual[wrong] = share, misfit
     return Outcome(
         work.to(dtype), decompose(work.dense()), wrong, blend, residual
     )
+
+
+def _settle(
+    params: BlockLowRank, bounds: Bounds, dtype: torch.dtype
+) -> tuple[BlockLowRank, Tensor, Tensor]:
+    """Move matrices until what is stored obeys.
+
+    Returns:
+        tuple[BlockLowRank, Tensor, Tensor]: Matrices that ``dtype`` holds,
+        in float64; share of the blend and residual of the fit, (groups,).
+    """
+    residual = torch.zeros(len(params.blocks), dtype=torch.float64)
+    todo = residual == 0
+    for attempt in range(PAIR_ROUNDS if bounds.scalings else ROUNDS):
+        moved, misfit = _move(params, bounds, dtype, attempt)
+        params = params.put(todo, moved.at(todo).to(dtype).to(torch.float64))
+        residual = torch.where(todo, misfit.maximum(residual), residual)
+        basis = decompose(params.dense())
+        todo = _violations(params, basis, bounds, strict=True)
+        if any(rule.granularity == 'layer' for rule in bounds.scalings):
+            todo = todo | todo.any()
+        ill = ~(basis.condition <= _condition_limit(bounds, True))
+        if not (todo & ~ill).any():
+            break  # no scale or shift changes a condition number
+    share = torch.zeros_like(residual)
+    if todo.any():
+        normal = normal_blocks(params, bounds, dtype)
+        params, share = _blend(params, normal, bounds, dtype, todo)
+    return params, share, residual
 
 
 # ------------------------------------------------------------------- checks
@@ -258,11 +208,21 @@ def _violations(
         highest = highest.maximum(torch.linalg.eigvals(dense).real.amax(-1))
     wrong = highest > bounds.ceiling + band
     wrong |= real.amin(-1) < bounds.floor - band
-    wrong |= ~(basis.condition <= bounds.condition_max)
+    wrong |= ~(basis.condition <= _condition_limit(bounds, strict))
     for rule in bounds.scalings:
         limit = _limit(rule, bounds, strict)
         wrong |= (_radius(params, basis, rule) > limit).any(-1)
     return wrong
+
+
+def _condition_limit(bounds: Bounds, strict: bool) -> float:
+    """Condition number that is let through.
+
+    A projection leaves some room, so that not every step violates it again.
+    """
+    if strict:
+        return 1 + 0.9 * (bounds.condition_max - 1) + 1e-9
+    return bounds.condition_max * (1 + 1e-9)
 
 
 def _limit(
@@ -353,26 +313,23 @@ def _check_precision(
 
 def _move(
     params: BlockLowRank, bounds: Bounds, dtype: torch.dtype, attempt: int
-) -> tuple[BlockLowRank, Tensor, Tensor]:
-    """One round of scale, blend, fit and shift, in float64.
+) -> tuple[BlockLowRank, Tensor]:
+    """One round of scale, fit and shift, in float64.
 
     Returns:
-        tuple[BlockLowRank, Tensor, Tensor]: Moved matrices; their share s of
-        the blend and the residual of their fit, (groups,).
+        tuple[BlockLowRank, Tensor]: Moved matrices, and the residual of
+        their fit, (groups,).
     """
     eps = torch.finfo(dtype).eps
     for rule in bounds.scalings:
         params = _scale(params, rule, bounds, attempt * eps)
-    share = torch.zeros(len(params.blocks), dtype=torch.float64)
-    if bounds.condition_max < math.inf:
-        params, share = _condition(params, bounds.condition_max)
-    residual = torch.zeros_like(share)
+    residual = torch.zeros(len(params.blocks), dtype=torch.float64)
     fits = bounds.method != 'shift' or bounds.floor > -math.inf
     if fits and attempt < 2:
         params, residual = _fit(params, bounds)
     if bounds.ceiling < math.inf:
         params = _shift(params, bounds, eps)
-    return params, share, residual
+    return params, residual
 
 
 def _scale(
@@ -429,29 +386,6 @@ def _shift(params: BlockLowRank, bounds: Bounds, eps: float) -> BlockLowRank:
     return params.shifted(torch.where(excess > 0, excess + rounding, 0.0))
 
 
-def _condition(
-    params: BlockLowRank, condition_max: float
-) -> tuple[BlockLowRank, Tensor]:
-    """Blend towards a normal matrix until the eigenvectors are good enough."""
-    limit = _CONDITION_TARGET * condition_max
-    normal = normal_blocks(params, Bounds(), torch.float64)
-    ill = ~(_conditions(params) <= condition_max)
-    share = torch.zeros(len(ill), dtype=torch.float64)
-    if not ill.any():
-        return params, share
-    part, other = params.at(ill), normal[ill]
-
-    def fits(s: Tensor) -> Tensor:
-        return _conditions(part.blended(other, s)) <= limit
-
-    share[ill] = _smallest(fits, len(other))
-    return params.put(ill, part.blended(other, share[ill])), share
-
-
-def _conditions(params: BlockLowRank) -> Tensor:
-    return condition_number(torch.linalg.eig(params.dense())[1])
-
-
 def _smallest(fits: Callable[[Tensor], Tensor], count: int) -> Tensor:
     """Smallest share in [0, 1] that was seen to fit, by bisection."""
     low = torch.zeros(count, dtype=torch.float64)
@@ -464,7 +398,7 @@ def _smallest(fits: Callable[[Tensor], Tensor], count: int) -> Tensor:
     return high
 
 
-def _blend_until(
+def _blend(
     params: BlockLowRank,
     normal: Tensor,
     bounds: Bounds,
@@ -519,7 +453,9 @@ def normal_blocks(
         mean = real.mean(-1, keepdim=True).expand_as(real)
         real = torch.where(turns[..., None], mean, real)
     real = _spread(real, turn, dense, bounds, dtype)
-    turn = turn.sign() * turn.abs().minimum(_height(real[..., 0], bounds))
+    turn = turn.sign() * turn.abs().minimum(
+        _height(real[..., 0], bounds, dtype)
+    )
     blocks = torch.diag_embed(real)
     if size == 2:
         blocks[..., 0, 1] += turn
@@ -542,7 +478,7 @@ def _spread(
     )
     lowest = torch.full_like(real[..., :1], low)
     for rule in bounds.scalings:
-        rho = _modulus(rule, bounds, real.shape[1] * real.shape[2])
+        rho = _modulus(rule, bounds, real.shape[1] * real.shape[2], dtype)
         lowest = lowest.maximum(-rho[..., None].to(lowest))
     K, size = real.shape[1:]
     # the diagonal entry's place; a rotation's two entries share theirs
@@ -558,26 +494,23 @@ _SPREAD = 0.1
 """How far the last diagonal entry is moved, relative to the norm of A."""
 
 
-def _modulus(rule: SpectralNormalization, bounds: Bounds, size: int) -> Tensor:
+def _modulus(
+    rule: SpectralNormalization,
+    bounds: Bounds,
+    size: int,
+    dtype: torch.dtype,
+) -> Tensor:
     """Radius that a normal matrix may have under a rule, (groups or 1, 1)."""
-    rho = _rho_max(rule)
+    rho = _rho_max(rule) * (1 - 4 * torch.finfo(dtype).eps)
     if rule.radius == 'gelfand':
         rho = rho * size ** (-0.5 / 1024)
     return rho.clamp(min=max(-bounds.ceiling, 0.0) if bounds.scalings else 0)
 
 
-def _height(real: Tensor, bounds: Bounds) -> Tensor:
+def _height(real: Tensor, bounds: Bounds, dtype: torch.dtype) -> Tensor:
     """Largest imaginary part beside these real parts, (groups, K)."""
     height = torch.full_like(real, torch.inf)
     for rule in bounds.scalings:
-        rho = _modulus(rule, bounds, 2 * real.shape[1]).to(real)
+        rho = _modulus(rule, bounds, 2 * real.shape[1], dtype).to(real)
         height = height.minimum((rho**2 - real**2).clamp(min=0.0).sqrt())
     return height
-
-
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """(groups, K, b, b) to (groups, K b, K b)."""
-    eye = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-    # (groups, K, b, 1, b) times (K, 1, K, 1)
-    dense = blocks[:, :, :, None] * eye[:, None, :, None]
-    return dense.flatten(3, 4).flatten(1, 2)
