@@ -11,6 +11,7 @@ from mmstabvim.layers.verification import (
     StabilityError,
     Verification,
     VerifiedMatrix,
+    scan_kind,
     verify,
 )
 from mmstabvim.layers.vision_mamba_block import VisionMambaBlock
@@ -27,5 +28,6 @@ __all__ = [
     'Verification',
     'VerifiedMatrix',
     'VisionMambaBlock',
+    'scan_kind',
     'verify',
 ]

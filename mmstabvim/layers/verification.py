@@ -179,7 +179,7 @@ def _verify(
     for parameter in matrix.parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f'{name} has a NaN or an infinity')
-    values, condition, kind = _spectrum(matrix)
+    values, condition = _spectrum(matrix)
     channels = matrix.d_inner // len(values)
     values = values.repeat_interleave(channels, 0)
     condition = condition.expand(len(values) // channels)
@@ -192,7 +192,7 @@ def _verify(
     growth = growth_exponent_bound(delta, values.real, length)
     return VerifiedMatrix(
         name,
-        kind,
+        scan_kind(matrix),
         float(abscissa.amax()),
         float(values.abs().amax()),
         float(condition.amax()),
@@ -203,16 +203,31 @@ def _verify(
     )
 
 
-def _spectrum(matrix: StateMatrix) -> tuple[Tensor, Tensor, str]:
-    """Eigenvalues (rows, N), condition numbers, and kind of the scan."""
+@torch.no_grad()
+def scan_kind(matrix: StateMatrix) -> str:
+    """Name the arithmetic in which the scan runs with a state matrix.
+
+    Args:
+        matrix (StateMatrix): Finite.
+
+    Returns:
+        str: ``'real'``, or one of ``mmstabvim.stability.eigenbasis.KINDS``,
+        without regard to gradients.
+    """
+    if isinstance(matrix, FullStateMatrix):
+        kinds = matrix.eigenbasis().kind(matrix.kappa_max)
+        return KINDS[int(kinds.amax())]
+    return KINDS[0] if matrix.eigenvalues().is_complex() else REAL
+
+
+def _spectrum(matrix: StateMatrix) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (rows, N) and condition numbers, in double precision."""
     if isinstance(matrix, FullStateMatrix):
         basis = matrix.eigenbasis()
-        kind = KINDS[int(basis.kind(matrix.kappa_max).amax())]
-        return basis.eigenvalues, basis.condition, kind
+        return basis.eigenvalues, basis.condition
     values = matrix.eigenvalues().cpu()
-    kind = KINDS[0] if values.is_complex() else REAL
     wide = torch.complex128 if values.is_complex() else torch.float64
-    return values.to(wide), matrix.condition().double().cpu()[None], kind
+    return values.to(wide), matrix.condition().double().cpu()[None]
 
 
 def _certified(place: list | None, d_inner: int) -> tuple[Tensor, Tensor]:

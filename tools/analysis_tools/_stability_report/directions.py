@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmstabvim.layers import SelectiveSSM, VisionMambaBlock
+from mmstabvim.layers import SelectiveSSM, VisionMambaBlock, scan_kind
 from mmstabvim.stability import (
     count_nonfinite,
     gradient_flow,
@@ -57,6 +57,9 @@ class Direction:
         self.reverse = ssm.reverse
         self.values = eigenvalues(ssm)
         self.condition = condition(ssm)
+        self.kind = None
+        if self.values is not None:
+            self.kind = scan_kind(ssm.state_matrix)
         self.images = self.tokens = 0
         self.nonfinite = 0
         self.sums: Tensor | None = None  # of the steps, by channel
@@ -103,6 +106,7 @@ class Direction:
         """All numbers of this direction; None where there are none."""
         row: Row = dict(**self.place, name=self.name)
         row |= spectrum_row(self.values, self.condition)
+        row['kind'] = self.kind
         row['nonfinite_steps'] = self.nonfinite
         if self.sums is None or self.values is None:
             return row

@@ -107,6 +107,7 @@ def eigenvalue_table(measured: Measured) -> Table:
         radius='max |λ|',
         unstable='Re λ > 0',
         condition='condition',
+        kind='scan in',
     )
     return make(
         'eigenvalues',
@@ -115,7 +116,9 @@ def eigenvalue_table(measured: Measured) -> Table:
         heads,
         measured.directions,
         [
-            _line(row, heads, dict(unstable=share_cell))
+            _line(
+                row, heads, dict(unstable=share_cell, kind=lambda v: v or '')
+            )
             for row in measured.directions
         ],
         2,
