@@ -91,6 +91,43 @@ def test_entries_of_lists(load):
             load(DIGITS, text, {f'custom_hooks.{wrong}.momentum': 0.2})
 
 
+@pytest.mark.parametrize(
+    ('option', 'value', 'said'),
+    [
+        ('model..img_size', 8, 'wanted names between the dots'),
+        (
+            'val_evaluator.topk.0',
+            2,
+            r'is a tuple, whose entries cannot be set',
+        ),
+        ('train_cfg.max_epochs', 'many', r'wants a number \(it is 20\), got'),
+        ('train_dataloader.persistent_workers', 'a', 'wants True or False'),
+        ('launcher', 'pytorch', 'has no effect: --launcher sets it'),
+        ('data_preprocessor.mean', [1.0], "reads 'data_preprocessor', as the"),
+        ('optim_wrapper.paramwise_cfg.norm_decay', 0, 'norm_decay_mult'),
+        ('train_cfg.max_epochs', True, 'must be a whole number, at least'),
+    ],
+)
+def test_options_that_cannot_be(load, option, value, said):
+    text = (
+        "model = dict(data_preprocessor=dict(type='ClsDataPreprocessor'))\n"
+        'train_dataloader = dict(persistent_workers=False)\n'
+        "val_evaluator = dict(type='Accuracy', topk=(1, 5))\n"
+        'optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))\n'
+    )
+    with pytest.raises(ValueError, match=said):
+        load(DIGITS, text, {option: value})
+
+
+def test_words_where_a_class_takes_them(load):
+    text = (
+        'custom_hooks = [dict('
+        "type='mmstabvim.SpectralNormalizationHook', rho_max=1.0)]"
+    )
+    cfg = load(DIGITS, text, {'custom_hooks.0.rho_max': 'init'})
+    assert cfg.custom_hooks[0].rho_max == 'init'
+
+
 def test_child_sets_a_variable_of_its_base_again(load):
     """Which was used while the base was read."""
     with pytest.raises(ValueError, match="'data_root' has no effect") as error:

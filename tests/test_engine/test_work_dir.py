@@ -16,7 +16,7 @@ def folder(tmp_path):
     """Two checkpoints and the note of the last."""
     root = tmp_path / 'work'
     root.mkdir()
-    for epoch in (2, 10):
+    for epoch in (10, 2, 9):
         (root / f'epoch_{epoch}.pth').write_text(str(epoch))
     (root / 'last_checkpoint').write_text(str(root / 'epoch_10.pth'))
     return root
