@@ -9,6 +9,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from small_runs import (
     digits_config,
@@ -214,6 +215,30 @@ def test_a_step_skipped_by_fp16_projects_nothing(config):
         scaler.step(optimizer)
         scaler.update()
         assert (matrix.A.max() <= 0) == projected
+
+
+def test_each_of_two_optimizers_projects(config):
+    config.train_cfg.max_epochs = 0
+    config.custom_hooks = [EC]
+    runner = Runner.from_cfg(copy.deepcopy(config))
+    runner.train()
+    matrices = list(state_matrices(runner.model).values())
+    first, others = matrices[0].A, [m.A for m in matrices[1:]]
+    wrappers = {
+        name: OptimWrapper(torch.optim.AdamW(parameters, lr=0.1))
+        for name, parameters in (('first', [first]), ('others', others))
+    }
+    runner.optim_wrapper = OptimWrapperDict(**wrappers)
+    hook = next(
+        h for h in runner.hooks if isinstance(h, EigenvalueClampingHook)
+    )
+    hook.before_train(runner)
+    for wrapper in wrappers.values():
+        first.data.fill_(1.0)
+        others[0].data.fill_(1.0)
+        wrapper.step()
+        assert first.max() <= -0.01
+        assert others[0].max() <= -0.01
 
 
 def test_a_second_run_projects_once_per_step(config, projections):
