@@ -89,9 +89,11 @@ def say_if_out_of_reach(
     """
     distances = {n: m.distance_to(real) for n, m in matrices.items()}
     name = min(distances, key=distances.__getitem__)
-    budget = adam_budget(runner, matrices[name].parameters())
     distance = distances[name]
-    if budget is None or distance == math.inf:
+    if distance in (0, math.inf):  # it acts at once, or never can
+        return
+    budget = adam_budget(runner, matrices[name].parameters())
+    if budget is None:
         return
     verdict, level = 'can act', logging.INFO
     if MOST * budget < distance:

@@ -247,7 +247,7 @@ def test_nothing_waits_for_the_device_before(kind):
     table = {**hook.collect({'a': matrix}), **parameters_of({'a': matrix})}
     tensors = [x for row in table.values() for x in row.values()]
     assert {x.device.type for x in tensors} == {'meta'}
-    assert len(tensors) == 4 + 1 + 1 + len(list(matrix.parameters()))
+    assert len(tensors) == 5 + 1 + 1 + len(list(matrix.parameters()))
 
 
 @pytest.mark.parametrize('kind', ['signed', 'complex', 'full'])
