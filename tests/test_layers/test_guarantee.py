@@ -166,6 +166,17 @@ def test_huge_matrices_are_refused():
     assert_stable(matrix)
 
 
+def test_bounds_without_a_number_between_them():
+    """bfloat16 has none from 1.001 to 1.002."""
+    matrix = random_full((4, 0, 4), 1.0, 1).bfloat16()
+    rule = EigenvalueClamping(eps=1.001, lambda_max=1.002)
+    with pytest.raises(ValueError, match=r'layer\.3 cannot obey its rules in'):
+        matrix.apply_(rule, name='layer.3')
+    wide = random_full((4, 0, 4), 1.0, 1)
+    wide.apply_(rule)
+    assert_stable(wide, 1.001)
+
+
 @pytest.mark.parametrize('rank', range(0, 9, 4))
 @pytest.mark.parametrize('groups', [1, 8])
 def test_any_rank_and_groups(rank, groups):
@@ -270,6 +281,25 @@ def assert_obeys(matrix, rules, rounding):
                 if not isinstance(matrix, FullStateMatrix):
                     bound = max(bound, math.hypot(rule.rho_max, eps) + 1e-6)
             assert values.abs().max() <= bound
+
+
+@pytest.mark.parametrize('kind', ['signed', 'full'])
+@pytest.mark.parametrize('domain', ['continuous', 'discrete'])
+def test_a_layer_shares_its_scale_or_shift(kind, domain):
+    """Differences of eigenvalues, or their ratios, stay."""
+    matrix = build_state_matrix(
+        4, 4, type=kind, **(dict(groups=4, rank=0) if kind == 'full' else {})
+    )
+    with torch.no_grad():
+        first = matrix.raw()[0]
+        first += 3 * torch.rand(len(first)).view(-1, *[1] * (first.dim() - 1))
+    before = matrix.eigenvalues().real.amax(-1).double()
+    rule = SpectralNormalization(0.5, domain, granularity='layer')
+    matrix.apply_(rule)
+    after = matrix.eigenvalues().real.amax(-1).double()
+    moved = after / before if domain == 'continuous' else after - before
+    torch.testing.assert_close(moved, moved.mean().expand(4))
+    assert again(matrix, rule)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -70,6 +70,7 @@ class Bounds:
         scalings (tuple): Continuous-time spectral normalizations.
         method (str): How real parts are moved: ``'shift'``, ``'eig'`` or
             ``'schur'``.
+        share_shift (bool): All matrices are shifted alike.
     """
 
     ceiling: float = math.inf
@@ -77,6 +78,13 @@ class Bounds:
     condition_max: float = math.inf
     scalings: tuple[SpectralNormalization, ...] = ()
     method: str = 'shift'
+    share_shift: bool = False
+
+    @property
+    def share(self) -> bool:
+        """Whether all matrices move where one violates a bound."""
+        layer = (rule.granularity == 'layer' for rule in self.scalings)
+        return self.share_shift or any(layer)
 
 
 def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
@@ -107,6 +115,10 @@ def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
         min(conditions, default=math.inf),
         tuple(r for r in normalizations if r.domain == 'continuous'),
         methods[0] or 'shift' if methods else 'shift',
+        any(
+            rule.domain == 'discrete' and rule.granularity == 'layer'
+            for rule in normalizations
+        ),
     )
 
 
@@ -144,20 +156,18 @@ def project(
     groups = len(work.blocks)
     blend, residual = torch.zeros(2, groups, dtype=torch.float64)
     wrong = _violations(work, basis, bounds, strict=False)
-    if any(rule.granularity == 'layer' for rule in bounds.scalings):
-        # one scale for all: where one matrix violates, all move
+    if bounds.share:
         wrong = wrong | wrong.any()
     if not wrong.any():
         return Outcome(work.to(dtype), basis, wrong, blend, residual)
     _check_precision(work, bounds, dtype, wrong, basis, name)
-    bounds = _of_some(bounds, wrong)
     part, blend[wrong], residual[wrong] = _settle(
-        work.at(wrong), bounds, dtype
+        work.at(wrong), _of_some(bounds, wrong), dtype
     )
     work = work.put(wrong, part)
-    return Outcome(
-        work.to(dtype), decompose(work.dense()), wrong, blend, residual
-    )
+    basis = decompose(work.dense())
+    _check_result(work, basis, bounds, dtype, name)
+    return Outcome(work.to(dtype), basis, wrong, blend, residual)
 
 
 def _settle(
@@ -177,7 +187,7 @@ def _settle(
         residual = torch.where(todo, misfit.maximum(residual), residual)
         basis = decompose(params.dense())
         todo = _violations(params, basis, bounds, strict=True)
-        if any(rule.granularity == 'layer' for rule in bounds.scalings):
+        if bounds.share:
             todo = todo | todo.any()
         ill = ~(basis.condition <= _condition_limit(bounds, True))
         if not (todo & ~ill).any():
@@ -308,6 +318,26 @@ def _check_precision(
         )
 
 
+def _check_result(
+    params: BlockLowRank,
+    basis: Eigenbasis,
+    bounds: Bounds,
+    dtype: torch.dtype,
+    name: str,
+) -> None:
+    """Raise where not even the normal matrix obeys once it is rounded."""
+    wrong = _violations(params, basis, bounds, strict=False)
+    if wrong.any():
+        values, worst = basis.eigenvalues[wrong][0], basis.condition[wrong][0]
+        raise ValueError(
+            f'the state matrix {name or "of this layer"} cannot obey its '
+            f'rules in {dtype}: real parts from {values.real.min():.4g} to '
+            f'{values.real.max():.4g} for {bounds.floor:.4g} to '
+            f'{bounds.ceiling:.4g}, a radius of {values.abs().max():.4g} and '
+            f'a condition number of {worst:.4g}'
+        )
+
+
 # -------------------------------------------------------------------- moves
 
 
@@ -381,6 +411,8 @@ def _shift(params: BlockLowRank, bounds: Bounds, eps: float) -> BlockLowRank:
     if bounds.condition_max == math.inf:
         highest = highest.maximum(torch.linalg.eigvals(dense).real.amax(-1))
     excess = highest - bounds.ceiling
+    if bounds.share_shift:
+        excess = excess.amax().expand_as(excess)
     diagonal = params.blocks.diagonal(dim1=-2, dim2=-1).abs()
     rounding = 4 * eps * diagonal.flatten(1).amax(-1)
     return params.shifted(torch.where(excess > 0, excess + rounding, 0.0))
