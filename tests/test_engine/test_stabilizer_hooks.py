@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mmengine.runner import Runner
 from small_runs import (
     digits_config,
     scalars,
+    scenes_config,
     train,
     train_in_two_processes,
     without_randomness,
@@ -414,6 +416,36 @@ def test_a_reparametrized_model_survives_its_checkpoint(
     # clamping of complex eigenvalues takes their modulus to hypot(1, 0.5)
     assert radius(found) <= math.hypot(1, 0.5) + 1e-5
     assert abscissa(found) <= -0.5 + 1e-6
+
+
+@pytest.mark.parametrize('toolkit', ['mmpretrain', 'mmseg'])
+def test_the_toolkits_load_a_reparametrized_model(tmp_path, toolkit):
+    """By their own functions for inference, which know no hooks."""
+    from mmpretrain import get_model
+    from mmseg.apis import init_model
+
+    classifies = toolkit == 'mmpretrain'
+    cfg = (digits_config if classifies else scenes_config)(tmp_path)
+    cfg.model.backbone.state_matrix = dict(type='full', groups=2)
+    cfg.custom_hooks = [
+        dict(SN, rho_max=1.0, mode='reparam'),
+        dict(EC, eps=0.5, mode='reparam'),
+    ]
+    runner = train(cfg)
+    path = (Path(cfg.work_dir) / 'last_checkpoint').read_text()
+    if classifies:
+        file = tmp_path / 'config.py'
+        cfg.dump(file)
+        model = get_model(str(file), pretrained=path)
+    else:
+        model = init_model(cfg, path, device='cpu')
+    image = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        found = model.eval().backbone(image)
+        wanted = runner.model.eval().backbone(image)
+    assert all(map(torch.equal, found, wanted))
+    assert radius(model) <= 1.01
+    assert abscissa(model) <= -0.5
 
 
 def test_two_rules_of_one_kind_act_together(config):
