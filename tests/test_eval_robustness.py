@@ -33,6 +33,7 @@ def save_model(cfg, folder, seed):
     cfg.dump(folder / 'config.py')
     cfg = cfg.copy()
     cfg.work_dir = str(folder / 'build')
+    cfg.experiment_name = str(folder).replace('/', '_')
     model = Runner.from_cfg(cfg).model
     torch.manual_seed(seed)
     # far from zero, so that predictions differ

@@ -1,6 +1,7 @@
 """The wrapper and its metric: in a real test of both toolkits."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -27,9 +28,15 @@ TRAINING = (
 )
 
 
+NUMBERS = itertools.count()
+
+
 def wrapped_config(kind, tmp_path, **options):
     """A config that tests the wrapped model."""
     cfg = CONFIGS[kind](tmp_path)
+    # the default is the time in seconds, by which runners of two toolkits
+    # would share a scope
+    cfg.experiment_name = f'wrapped{next(NUMBERS)}'
     for name in TRAINING:
         cfg.pop(name)
     cfg.visualizer.vis_backends = None
