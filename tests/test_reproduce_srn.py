@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from mmstabvim.stability import kernel_stable_rank, squared_gains
-from mmstabvim.stability.kernel_descent import SphereObjective
-from mmstabvim.stability.sphere import random_points
+from mmstabvim.stability.weights.kernel_descent import SphereObjective
+from mmstabvim.stability.weights.sphere import random_points
 from mmstabvim.visualization import (
     descent_figure,
     form_eigenvalue_figure,

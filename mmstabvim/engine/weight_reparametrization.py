@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mmstabvim.stability.weight_parametrizations import (
+from mmstabvim.stability.weights.parametrizations import (
     load_raw,
     put_raw,
     take_raw,

@@ -13,7 +13,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from mmstabvim.registry import METRICS
-from mmstabvim.stability.attribution import (
+from mmstabvim.stability.inputs import check_choice
+from mmstabvim.stability.sensitivity.attribution import (
     ATTRIBUTIONS,
     attribution_instability,
     attributions,
@@ -23,18 +24,17 @@ from mmstabvim.stability.attribution import (
     predicted_classes,
     prepare_attributions,
 )
-from mmstabvim.stability.entropy import (
+from mmstabvim.stability.sensitivity.entropy import (
     attribution_condition_number,
     effective_rank,
     spectral_entropy,
 )
-from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.logit_jacobian import (
+from mmstabvim.stability.sensitivity.jacobian import (
     input_jacobian,
     singular_values,
     typical_gain,
 )
-from mmstabvim.stability.sensitivity import (
+from mmstabvim.stability.sensitivity.profile import (
     COMBINATIONS,
     PROFILE_METHODS,
     evaluated,

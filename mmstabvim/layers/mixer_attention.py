@@ -8,7 +8,7 @@ from torch import Tensor
 from mmstabvim.layers.mamba_mixer import MambaMixer
 from mmstabvim.layers.mixer_ranges import Ranges, trace_mixer
 from mmstabvim.layers.selective_ssm import SelectiveSSM
-from mmstabvim.stability.hidden_attention import (
+from mmstabvim.stability.ranges.hidden_attention import (
     aggregate_attention,
     hidden_attention,
 )

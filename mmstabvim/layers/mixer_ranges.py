@@ -20,7 +20,7 @@ from mmstabvim.layers.state_matrix import (
 )
 from mmstabvim.ops import causal_conv1d_directions, gated_merge
 from mmstabvim.ops.selective_scan.discretization import phi1
-from mmstabvim.stability.certified_ranges import (
+from mmstabvim.stability.ranges.certified import (
     Interval,
     NormedLinear,
     ScanInput,
@@ -28,7 +28,7 @@ from mmstabvim.stability.certified_ranges import (
     rounding_slack,
     scan_ranges,
 )
-from mmstabvim.stability.spectral import numerical_abscissa
+from mmstabvim.stability.state.spectra import numerical_abscissa
 
 SHARED = ('normed', 'x', 'z', 'merged', 'out')
 """Tensors of a mixer that its directions share."""

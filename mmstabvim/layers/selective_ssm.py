@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmstabvim.layers.state_matrix import ScanMatrices, build_state_matrix
 from mmstabvim.log import print_log
 from mmstabvim.ops import causal_conv1d_directions, selective_scan_directions
-from mmstabvim.stability.eigenbasis import matrix_exponential_scan
+from mmstabvim.stability.state.eigenbasis import matrix_exponential_scan
 
 
 class _Linear(nn.Linear):

@@ -16,8 +16,8 @@ from mmstabvim.layers.state_matrix import (
     StateMatrix,
     state_matrices,
 )
-from mmstabvim.stability.eigenbasis import KINDS
-from mmstabvim.stability.growth import (
+from mmstabvim.stability.state.eigenbasis import KINDS
+from mmstabvim.stability.state.growth import (
     growth_exponent_bound,
     state_gain_bound,
 )
@@ -211,8 +211,9 @@ def scan_kind(matrix: StateMatrix) -> str:
         matrix (StateMatrix): Finite.
 
     Returns:
-        str: ``'real'``, or one of ``mmstabvim.stability.eigenbasis.KINDS``,
-        without regard to gradients.
+        str: ``'real'``, or one of
+        ``mmstabvim.stability.state.eigenbasis.KINDS``, without regard to
+        gradients.
     """
     if isinstance(matrix, FullStateMatrix):
         kinds = matrix.eigenbasis().kind(matrix.kappa_max)

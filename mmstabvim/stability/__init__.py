@@ -1,13 +1,36 @@
 """Mathematics of stable state matrices, as functions on tensors."""
 
-from mmstabvim.stability.attribution import (
+from mmstabvim.stability.sensitivity.attribution import (
     attribution_instability,
     attributions,
     frechet_distance,
     gaussian_changes,
     prepare_attributions,
 )
-from mmstabvim.stability.clamping import (
+from mmstabvim.stability.sensitivity.curvature import (
+    hessian_extremes,
+    hessian_product,
+)
+from mmstabvim.stability.sensitivity.entropy import (
+    attribution_condition_number,
+    effective_rank,
+    spectral_entropy,
+)
+from mmstabvim.stability.sensitivity.jacobian import (
+    input_jacobian,
+    largest_gain,
+    parameter_jacobian,
+    singular_values,
+    tangent_kernel,
+    typical_gain,
+)
+from mmstabvim.stability.sensitivity.lanczos import Extremes, lanczos_extremes
+from mmstabvim.stability.sensitivity.profile import (
+    SensitivityProfile,
+    evaluated,
+    sensitivity_profile,
+)
+from mmstabvim.stability.state.clamping import (
     clamp_discrete,
     clamp_matrix,
     clamp_modulus,
@@ -17,8 +40,7 @@ from mmstabvim.stability.clamping import (
     project_to_disc,
     straight_through,
 )
-from mmstabvim.stability.curvature import hessian_extremes, hessian_product
-from mmstabvim.stability.diagnostics import (
+from mmstabvim.stability.state.diagnostics import (
     count_nonfinite,
     gradient_flow,
     state_bound,
@@ -29,22 +51,17 @@ from mmstabvim.stability.diagnostics import (
     transient_bounds,
     transient_peak,
 )
-from mmstabvim.stability.eigenbasis import (
+from mmstabvim.stability.state.eigenbasis import (
     Eigenbasis,
     decompose,
     matrix_exponential_scan,
 )
-from mmstabvim.stability.entropy import (
-    attribution_condition_number,
-    effective_rank,
-    spectral_entropy,
-)
-from mmstabvim.stability.growth import (
+from mmstabvim.stability.state.growth import (
     growth_exponent,
     growth_exponent_bound,
     state_gain_bound,
 )
-from mmstabvim.stability.hippo import (
+from mmstabvim.stability.state.hippo import (
     S4D_PAIRS,
     hippo_condition,
     hippo_legs,
@@ -57,58 +74,25 @@ from mmstabvim.stability.hippo import (
     s4d_real,
     state_response,
 )
-from mmstabvim.stability.kernel_descent import sphere_descent
-from mmstabvim.stability.kernel_normalization import (
-    normalize_kernel_stable_rank,
-)
-from mmstabvim.stability.kernel_spectrum import (
-    causal_stable_rank,
-    frequency_planes,
-    kernel_stable_rank,
-    squared_gains,
-)
-from mmstabvim.stability.kernel_srn_c import rank_one_kernel, srn_c
-from mmstabvim.stability.lanczos import Extremes, lanczos_extremes
-from mmstabvim.stability.lipschitz import (
-    local_jacobian_norm,
-    scan_gain_bound,
-)
-from mmstabvim.stability.logit_jacobian import (
-    input_jacobian,
-    largest_gain,
-    parameter_jacobian,
-    singular_values,
-    tangent_kernel,
-    typical_gain,
-)
-from mmstabvim.stability.matrix_stable_rank import (
-    normalize_stable_rank,
-    stable_rank,
-)
-from mmstabvim.stability.normalization import (
+from mmstabvim.stability.state.normalization import (
     check_rho_max,
     discrete_shift,
     log_radius_scale,
     radius_scale,
 )
-from mmstabvim.stability.penalty import (
+from mmstabvim.stability.state.penalty import (
     numerical_abscissa_penalty,
     penalty_counts,
     stability_penalty,
 )
-from mmstabvim.stability.perturbation import (
+from mmstabvim.stability.state.perturbation import (
     Perturbation,
     PerturbedBasis,
     diagonalize_perturbed,
     perturb_then_diagonalize,
     random_perturbations,
 )
-from mmstabvim.stability.sensitivity import (
-    SensitivityProfile,
-    evaluated,
-    sensitivity_profile,
-)
-from mmstabvim.stability.spectral import (
+from mmstabvim.stability.state.spectra import (
     block_low_rank_radius_bound,
     eigenvalues,
     gelfand_bound,
@@ -116,12 +100,26 @@ from mmstabvim.stability.spectral import (
     spectral_abscissa,
     spectral_radius,
 )
-from mmstabvim.stability.weight_layers import (
+from mmstabvim.stability.weights.kernel_descent import sphere_descent
+from mmstabvim.stability.weights.kernel_normalization import (
+    normalize_kernel_stable_rank,
+)
+from mmstabvim.stability.weights.kernel_spectrum import (
+    causal_stable_rank,
+    frequency_planes,
+    kernel_stable_rank,
+    squared_gains,
+)
+from mmstabvim.stability.weights.layers import (
     find_layers,
     layer_norms,
     norm_divisors,
 )
-from mmstabvim.stability.weight_norms import (
+from mmstabvim.stability.weights.lipschitz import (
+    local_jacobian_norm,
+    scan_gain_bound,
+)
+from mmstabvim.stability.weights.norms import (
     causal_conv_norm,
     circular_conv2d_norm,
     circular_conv_norm,
@@ -131,7 +129,12 @@ from mmstabvim.stability.weight_norms import (
     power_iteration,
     spectral_norm,
 )
-from mmstabvim.stability.weight_parametrizations import parametrize_norm
+from mmstabvim.stability.weights.parametrizations import parametrize_norm
+from mmstabvim.stability.weights.srn_c import rank_one_kernel, srn_c
+from mmstabvim.stability.weights.stable_rank import (
+    normalize_stable_rank,
+    stable_rank,
+)
 
 __all__ = [
     'S4D_PAIRS',

@@ -13,7 +13,7 @@ from _trained import loading, tokens
 from torch import nn
 
 from mmstabvim.layers.mixer_attention import mixer_attention
-from mmstabvim.stability.hidden_attention import attention_rollout
+from mmstabvim.stability.ranges.hidden_attention import attention_rollout
 
 PLACES = [
     dict(cls_token='middle'),

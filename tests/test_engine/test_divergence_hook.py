@@ -26,18 +26,18 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from mmstabvim.checkpoint import load_checkpoint_tensors, load_everything
-from mmstabvim.engine.divergence_record import (
+from mmstabvim.engine.divergence.record import (
     drawing_from,
     pack_batch,
     replay,
     unpack_batch,
 )
+from mmstabvim.engine.divergence.trace import largest_entry, trace_step
 from mmstabvim.engine.hooks import DivergenceHook
 from mmstabvim.engine.hooks.random_state_hook import (
     get_random_state,
     set_random_state,
 )
-from mmstabvim.engine.nonfinite import largest_entry, trace_step
 from mmstabvim.registry import HOOKS
 
 ROOT = Path(__file__).parents[2]

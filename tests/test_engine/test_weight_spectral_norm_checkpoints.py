@@ -19,9 +19,9 @@ from weight_norm_runs import (
     saved,
 )
 
-from mmstabvim.engine.last_good import roll_back
+from mmstabvim.engine.divergence.rollback import roll_back
 from mmstabvim.stability import find_layers, spectral_norm
-from mmstabvim.stability.weight_layers import weight_parameter
+from mmstabvim.stability.weights.layers import weight_parameter
 
 
 @pytest.fixture

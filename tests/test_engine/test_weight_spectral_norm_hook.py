@@ -28,7 +28,7 @@ from weight_norm_runs import (
 from mmstabvim import WeightSpectralNormHook
 from mmstabvim.engine.hooks import weight_spectral_norm_hook
 from mmstabvim.stability import conv_norm, find_layers, spectral_norm
-from mmstabvim.stability.weight_layers import weight_parameter
+from mmstabvim.stability.weights.layers import weight_parameter
 
 
 @pytest.fixture

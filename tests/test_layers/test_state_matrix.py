@@ -17,8 +17,8 @@ from mmstabvim.layers.state_matrix import (
     state_matrices,
 )
 from mmstabvim.ops import selective_scan
-from mmstabvim.stability import eigenbasis
-from mmstabvim.stability.eigenbasis import (
+from mmstabvim.stability.state import eigenbasis
+from mmstabvim.stability.state.eigenbasis import (
     EXPONENTIAL,
     matrix_exponential_scan,
 )

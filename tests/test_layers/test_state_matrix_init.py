@@ -21,7 +21,10 @@ from mmstabvim.stability import (
     perturb_then_diagonalize,
     s4d_legs_input,
 )
-from mmstabvim.stability.eigenbasis import COMPLEX64, matrix_exponential_scan
+from mmstabvim.stability.state.eigenbasis import (
+    COMPLEX64,
+    matrix_exponential_scan,
+)
 
 PAIRS = tuple(S4D_PAIRS)
 FITTING = [(type, init) for init, types in INITS.items() for type in types]

@@ -19,7 +19,7 @@ from mmstabvim.stability import (
     singular_values,
     spectral_entropy,
 )
-from mmstabvim.stability.regularization import (
+from mmstabvim.stability.sensitivity.regularization import (
     entropy_penalty,
     jacobian_penalty,
 )

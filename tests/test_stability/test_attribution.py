@@ -16,7 +16,7 @@ from mmstabvim.stability import (
     prepare_attributions,
     spectral_entropy,
 )
-from mmstabvim.stability.attribution import predicted_classes
+from mmstabvim.stability.sensitivity.attribution import predicted_classes
 
 
 def rotation(size, tag=0):

@@ -16,7 +16,7 @@ from mmstabvim.layers.mixer_ranges import (
     trace_mixer,
 )
 from mmstabvim.layers.state_matrix import FullStateMatrix
-from mmstabvim.stability.certified_ranges import (
+from mmstabvim.stability.ranges.certified import (
     Interval,
     NormedLinear,
     ScanInput,

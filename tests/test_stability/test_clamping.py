@@ -17,7 +17,6 @@ from mmstabvim.stability import (
     clamp_matrix,
     clamp_modulus,
     clamp_real_part,
-    clamping,
     continuous_margin,
     numerical_abscissa,
     project_to_disc,
@@ -25,6 +24,7 @@ from mmstabvim.stability import (
     stability_penalty,
     straight_through,
 )
+from mmstabvim.stability.state import clamping
 
 METHODS = ('eig', 'schur', 'shift')
 

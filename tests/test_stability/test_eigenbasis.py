@@ -16,10 +16,10 @@ from stability_oracles import (
 from mmstabvim.stability import (
     Eigenbasis,
     decompose,
-    eigenbasis,
     matrix_exponential_scan,
 )
-from mmstabvim.stability.eigenbasis import (
+from mmstabvim.stability.state import eigenbasis
+from mmstabvim.stability.state.eigenbasis import (
     COMPLEX64,
     COMPLEX128,
     EXPONENTIAL,

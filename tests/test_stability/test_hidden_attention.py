@@ -8,14 +8,14 @@ from mmstabvim.layers.mixer_attention import mixer_attention
 from mmstabvim.layers.mixer_ranges import trace_mixer
 from mmstabvim.layers.state_matrix import FullStateMatrix
 from mmstabvim.ops import selective_scan
-from mmstabvim.stability import hidden_attention as module
-from mmstabvim.stability.eigenbasis import matrix_exponential_scan
-from mmstabvim.stability.hidden_attention import (
+from mmstabvim.stability.ranges import hidden_attention as module
+from mmstabvim.stability.ranges.hidden_attention import (
     AGGREGATIONS,
     aggregate_attention,
     attention_rollout,
     hidden_attention,
 )
+from mmstabvim.stability.state.eigenbasis import matrix_exponential_scan
 
 BATCH, DIM, STATE = 2, 6, 3
 both_ways = pytest.mark.parametrize('reverse', [False, True])

@@ -17,7 +17,7 @@ from mmstabvim.stability import (
     spectral_abscissa,
     state_response,
 )
-from mmstabvim.stability.eigenbasis import condition_number
+from mmstabvim.stability.state.eigenbasis import condition_number
 
 
 def norm(matrix):

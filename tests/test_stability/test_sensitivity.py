@@ -24,8 +24,8 @@ from mmstabvim.stability import (
     tangent_kernel,
     typical_gain,
 )
-from mmstabvim.stability.logit_jacobian import METHODS
-from mmstabvim.stability.sensitivity import best_method, input_norms
+from mmstabvim.stability.sensitivity.jacobian import METHODS
+from mmstabvim.stability.sensitivity.profile import best_method, input_norms
 
 X = detmat(4, 5, 3)
 LABELS = torch.tensor([0, 2, 1, 2])

@@ -19,8 +19,8 @@ from mmstabvim.stability import (
     srn_c,
     stable_rank,
 )
-from mmstabvim.stability.kernel_descent import SphereObjective
-from mmstabvim.stability.sphere import to_sphere
+from mmstabvim.stability.weights.kernel_descent import SphereObjective
+from mmstabvim.stability.weights.sphere import to_sphere
 
 W = detmat(5, 7)
 TAPS = double([0.25, -0.5, 0.75, 1])

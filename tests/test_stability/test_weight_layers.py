@@ -10,7 +10,7 @@ from torch import nn
 from weight_checks import operator_matrix, top
 
 from mmstabvim.stability import find_layers, layer_norms, spectral_norm
-from mmstabvim.stability.weight_layers import (
+from mmstabvim.stability.weights.layers import (
     START_STEPS,
     group_layers,
     operator_of,

@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from mmstabvim.stability import layer_norms, parametrize_norm
-from mmstabvim.stability.weight_layers import (
+from mmstabvim.stability.weights.layers import (
     operator_of,
     weight_parameter,
 )
-from mmstabvim.stability.weight_parametrizations import (
+from mmstabvim.stability.weights.parametrizations import (
     EstimatedNorm,
     WithoutAutocast,
     load_raw,

@@ -31,8 +31,8 @@ from mmstabvim.stability import (
     spectral_norm,
     stable_rank,
 )
-from mmstabvim.stability.lipschitz import JACOBIANS
-from mmstabvim.stability.weight_layers import operator_of
+from mmstabvim.stability.weights.layers import operator_of
+from mmstabvim.stability.weights.lipschitz import JACOBIANS
 from mmstabvim.visualization import line_figure
 from mmstabvim.visualization.curves import Quantity
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from mmstabvim.engine import launch
 from mmstabvim.layers.mixer_attention import mixer_attention
 from mmstabvim.models import VisionMamba
-from mmstabvim.stability.hidden_attention import (
+from mmstabvim.stability.ranges.hidden_attention import (
     AGGREGATIONS,
     attention_rollout,
 )

@@ -19,11 +19,10 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-from mmstabvim.engine.divergence_examination import Alarm, Step, examine
-from mmstabvim.engine.divergence_record import snapshot_batch
-from mmstabvim.engine.divergence_report import Divergence, write_report
-from mmstabvim.engine.hooks.random_state_hook import get_random_state
-from mmstabvim.engine.last_good import (
+from mmstabvim.engine.divergence.examination import Alarm, Step, examine
+from mmstabvim.engine.divergence.record import snapshot_batch
+from mmstabvim.engine.divergence.report import Divergence, write_report
+from mmstabvim.engine.divergence.rollback import (
     bare_model,
     optim_wrappers,
     remove_last_good,
@@ -31,7 +30,8 @@ from mmstabvim.engine.last_good import (
     save_last_good,
     scale_learning_rate,
 )
-from mmstabvim.engine.step_watch import StepWatch
+from mmstabvim.engine.divergence.step_watch import StepWatch
+from mmstabvim.engine.hooks.random_state_hook import get_random_state
 from mmstabvim.registry import HOOKS
 
 ACTIONS = ('stop', 'rollback', 'continue')
@@ -48,7 +48,7 @@ class DivergenceHook(Hook):
     and every module is watched: the first tensor that is not finite, and the
     ranges of those before it, go into ``divergence_report.md`` in the folder
     of the run. The batch, the random state and the weights go into a file
-    beside it, from which :func:`mmstabvim.engine.divergence_record.replay`
+    beside it, from which :func:`mmstabvim.engine.divergence.record.replay`
     runs the step again. No number is ever replaced.
 
     During training a rolling checkpoint, ``last_good.pth`` in the work dir,

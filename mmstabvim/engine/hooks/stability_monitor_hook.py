@@ -26,9 +26,9 @@ from mmstabvim.layers.state_matrix import (
     state_matrices,
 )
 from mmstabvim.registry import HOOKS
-from mmstabvim.stability.growth import growth_of_sums
-from mmstabvim.stability.penalty import stability_penalty
-from mmstabvim.stability.spectral import SMALLEST_COSINE
+from mmstabvim.stability.state.growth import growth_of_sums
+from mmstabvim.stability.state.penalty import stability_penalty
+from mmstabvim.stability.state.spectra import SMALLEST_COSINE
 
 QUANTILES = (0.01, 0.5, 0.99)
 FILE_NAME = 'stability.jsonl'

@@ -16,17 +16,17 @@ from mmstabvim.engine.hooks.after_step_hook import (
 from mmstabvim.engine.hooks.stabilizer_hook import bare_model
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.kernel_normalization import (
+from mmstabvim.stability.weights.kernel_normalization import (
     MODES,
     SOLVERS,
     normalize_kernel_stable_rank,
 )
-from mmstabvim.stability.kernel_spectrum import kernel_stable_rank
-from mmstabvim.stability.matrix_stable_rank import (
+from mmstabvim.stability.weights.kernel_spectrum import kernel_stable_rank
+from mmstabvim.stability.weights.layers import find_layers, weight_parameter
+from mmstabvim.stability.weights.stable_rank import (
     normalize_stable_rank,
     stable_rank,
 )
-from mmstabvim.stability.weight_layers import find_layers, weight_parameter
 
 CHECKPOINT_KEY = 'stable_rank'
 TARGETS = dict(in_proj=0.3, x_proj=0.3, dt_proj=0.3, out_proj=0.3, conv1d=0.5)

@@ -28,7 +28,7 @@ from mmstabvim.engine.weight_reparametrization import (
 )
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.weight_layers import (
+from mmstabvim.stability.weights.layers import (
     START_STEPS,
     WeightGroup,
     find_layers,
@@ -37,7 +37,7 @@ from mmstabvim.stability.weight_layers import (
     project_norms_,
     weight_parameter,
 )
-from mmstabvim.stability.weight_parametrizations import (
+from mmstabvim.stability.weights.parametrizations import (
     PARAMETRIZED_RULES,
     parametrize_norm,
 )

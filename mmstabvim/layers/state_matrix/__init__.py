@@ -26,7 +26,7 @@ from mmstabvim.layers.state_matrix.initialization import (
     INITS,
     pack_perturbation,
 )
-from mmstabvim.stability.perturbation import Perturbation
+from mmstabvim.stability.state.perturbation import Perturbation
 
 __all__ = [
     'INITS',

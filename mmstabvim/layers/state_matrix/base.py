@@ -12,7 +12,10 @@ from mmstabvim.layers.state_matrix.constraints import (
     SpectralNormalization,
     check_together,
 )
-from mmstabvim.stability.normalization import discrete_shift, radius_scale
+from mmstabvim.stability.state.normalization import (
+    discrete_shift,
+    radius_scale,
+)
 
 Params = tuple[Tensor, ...]
 

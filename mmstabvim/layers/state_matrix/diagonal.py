@@ -27,12 +27,15 @@ from mmstabvim.layers.state_matrix.initialization import (
     check_init,
     diagonal_start,
 )
-from mmstabvim.stability.clamping import clamp_real_part, straight_through
-from mmstabvim.stability.eigenbasis import condition_number
-from mmstabvim.stability.hippo import s4d_real
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.normalization import log_radius_scale
-from mmstabvim.stability.perturbation import Perturbation
+from mmstabvim.stability.state.clamping import (
+    clamp_real_part,
+    straight_through,
+)
+from mmstabvim.stability.state.eigenbasis import condition_number
+from mmstabvim.stability.state.hippo import s4d_real
+from mmstabvim.stability.state.normalization import log_radius_scale
+from mmstabvim.stability.state.perturbation import Perturbation
 
 
 class DiagonalStateMatrix(StateMatrix):

@@ -30,18 +30,18 @@ from mmstabvim.layers.state_matrix.projection import (
     project,
 )
 from mmstabvim.log import print_log
-from mmstabvim.stability.clamping import straight_through
-from mmstabvim.stability.eigenbasis import (
+from mmstabvim.stability.inputs import check_choice
+from mmstabvim.stability.state.clamping import straight_through
+from mmstabvim.stability.state.eigenbasis import (
     COMPLEX128,
     EXPONENTIAL,
     Eigenbasis,
     decompose,
     known_eig,
 )
-from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.normalization import radius_scale
-from mmstabvim.stability.perturbation import Perturbation
-from mmstabvim.stability.spectral import (
+from mmstabvim.stability.state.normalization import radius_scale
+from mmstabvim.stability.state.perturbation import Perturbation
+from mmstabvim.stability.state.spectra import (
     eigenvalues,
     gelfand_bound,
     known_eigenvalues,

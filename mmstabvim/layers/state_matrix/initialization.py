@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from mmstabvim.layers.state_matrix.fixed_basis import as_real
-from mmstabvim.stability.eigenbasis import COMPLEX64, decompose
-from mmstabvim.stability.hippo import (
+from mmstabvim.stability.inputs import check_choice
+from mmstabvim.stability.state.eigenbasis import COMPLEX64, decompose
+from mmstabvim.stability.state.hippo import (
     S4D_PAIRS,
     hippo_legs,
     legs_normal_form,
     s4d_legs_input,
     s4d_real,
 )
-from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.perturbation import (
+from mmstabvim.stability.state.perturbation import (
     Perturbation,
     PerturbedBasis,
     perturb_then_diagonalize,

@@ -23,9 +23,9 @@ from mmstabvim.layers.state_matrix.constraints import (
     SpectralNormalization,
     check_together,
 )
-from mmstabvim.stability.clamping import clamp_matrix, fit_block_low_rank
-from mmstabvim.stability.eigenbasis import Eigenbasis, decompose
-from mmstabvim.stability.spectral import gelfand_bound, spectral_radius
+from mmstabvim.stability.state.clamping import clamp_matrix, fit_block_low_rank
+from mmstabvim.stability.state.eigenbasis import Eigenbasis, decompose
+from mmstabvim.stability.state.spectra import gelfand_bound, spectral_radius
 
 BAND = 1e-9
 """Excess of a real part, relative to the norm of the matrix, that another

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmstabvim.models.losses.input_loss import InputLoss
 from mmstabvim.registry import MODELS
-from mmstabvim.stability.regularization import entropy_penalty
+from mmstabvim.stability.sensitivity.regularization import entropy_penalty
 
 
 @MODELS.register_module()

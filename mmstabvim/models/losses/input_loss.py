@@ -9,8 +9,8 @@ from mmengine.dist import get_rank
 from torch import Tensor, nn
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.logit_jacobian import METHODS
-from mmstabvim.stability.sensitivity import evaluated
+from mmstabvim.stability.sensitivity.jacobian import METHODS
+from mmstabvim.stability.sensitivity.profile import evaluated
 
 
 class InputLoss(nn.Module):

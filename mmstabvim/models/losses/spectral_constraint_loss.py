@@ -9,14 +9,14 @@ from torch.nn.utils import parametrize
 
 from mmstabvim.registry import MODELS
 from mmstabvim.stability.inputs import real_dtype
-from mmstabvim.stability.weight_layers import (
+from mmstabvim.stability.weights.layers import (
     START_STEPS,
     WeightGroup,
     evaluating,
     find_layers,
     group_layers,
 )
-from mmstabvim.stability.weight_norms import power_iteration
+from mmstabvim.stability.weights.norms import power_iteration
 
 
 @MODELS.register_module()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from mmstabvim.layers.state_matrix import StateMatrix, state_matrices
 from mmstabvim.registry import MODELS
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.penalty import (
+from mmstabvim.stability.state.penalty import (
     numerical_abscissa_penalty,
     stability_penalty,
 )

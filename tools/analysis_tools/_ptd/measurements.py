@@ -17,7 +17,7 @@ from mmstabvim.stability import (
     random_perturbations,
     state_response,
 )
-from mmstabvim.stability.eigenbasis import condition_number
+from mmstabvim.stability.state.eigenbasis import condition_number
 
 Rows = list[dict[str, Any]]
 Advance = Callable[[], None]

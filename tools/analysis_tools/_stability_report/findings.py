@@ -12,7 +12,7 @@ from _stability_report.measure import Measured
 from _stability_report.source import finite
 from _stability_report.tensors import LIMITS, largest_shares, overflows
 from _stability_report.thresholds import THRESHOLDS, WORDS
-from mmstabvim.stability.diagnostics import SKIPPED
+from mmstabvim.stability.state.diagnostics import SKIPPED
 
 Row = dict[str, Any]
 

@@ -27,7 +27,7 @@ from mmstabvim.stability import (
     spectral_entropy,
     tangent_kernel,
 )
-from mmstabvim.stability.sensitivity import MAX_NUMEL
+from mmstabvim.stability.sensitivity.profile import MAX_NUMEL
 
 Row = dict[str, Any]
 Rows = list[Row]

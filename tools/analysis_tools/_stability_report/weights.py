@@ -13,7 +13,7 @@ from mmstabvim.stability import (
     layer_norms,
     singular_values,
 )
-from mmstabvim.stability.weight_layers import current_weight, operator_of
+from mmstabvim.stability.weights.layers import current_weight, operator_of
 
 Row = dict[str, Any]
 Rows = list[Row]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.eigenbasis import condition_number, eigenvalue_gap
 from mmstabvim.stability.inputs import (
     add_to_diagonal,
     check_choice,
@@ -18,7 +17,11 @@ from mmstabvim.stability.inputs import (
     perturbation,
     real_dtype,
 )
-from mmstabvim.stability.spectral import spectral_abscissa
+from mmstabvim.stability.state.eigenbasis import (
+    condition_number,
+    eigenvalue_gap,
+)
+from mmstabvim.stability.state.spectra import spectral_abscissa
 
 METHODS = ('eig', 'schur', 'shift')
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmstabvim.stability.attribution import check_logits
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.lanczos import lanczos_extremes
+from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.lanczos import lanczos_extremes
 
 METHODS = ('difference', 'double_backward')
 Function = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.weight_norms import spectral_norm
+from mmstabvim.stability.weights.norms import spectral_norm
 
 SILU_ARGMIN, SILU_MIN = -1.2784645427610738, -0.2784645427610738
 ROUNDINGS = 12

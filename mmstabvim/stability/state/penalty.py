@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.spectral import numerical_abscissa
+from mmstabvim.stability.state.spectra import numerical_abscissa
 
 REDUCTIONS = ('sum', 'mean')
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.eigenbasis import condition_number
 from mmstabvim.stability.inputs import check_choice, dense, real_dtype
-from mmstabvim.stability.spectral import numerical_abscissa
+from mmstabvim.stability.state.eigenbasis import condition_number
+from mmstabvim.stability.state.spectra import numerical_abscissa
 
 VANISHED, EXPLODING = -20.0, 5.0
 """Log-gains below and above which a gradient counts as lost or growing."""

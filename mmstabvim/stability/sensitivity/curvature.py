@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.lanczos import Extremes, lanczos_extremes
-from mmstabvim.stability.logit_jacobian import (
+from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     check_differentiable,
     check_parameters,
@@ -17,6 +16,7 @@ from mmstabvim.stability.logit_jacobian import (
     second_derivatives,
     unflat,
 )
+from mmstabvim.stability.sensitivity.lanczos import Extremes, lanczos_extremes
 
 
 def hessian_product(

@@ -17,14 +17,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from mmstabvim.stability.inputs import check_choice, real_dtype
-from mmstabvim.stability.normalization import radius_scale
-from mmstabvim.stability.weight_layers import (
+from mmstabvim.stability.state.normalization import radius_scale
+from mmstabvim.stability.weights.layers import (
     START_STEPS,
     Operator,
     evaluating,
     operator_of,
 )
-from mmstabvim.stability.weight_norms import power_iteration
+from mmstabvim.stability.weights.norms import power_iteration
 
 PARAMETRIZED_RULES = ('bound', 'divide', 'learned')
 RAW = 'parametrizations.weight.'

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.kernel_spectrum import (
+from mmstabvim.stability.weights.kernel_spectrum import (
     Size,
     check_kernels,
     phases,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mmstabvim.stability.inputs import check_choice, real_dtype
-from mmstabvim.stability.normalization import radius_scale
-from mmstabvim.stability.weight_norms import (
+from mmstabvim.stability.state.normalization import radius_scale
+from mmstabvim.stability.weights.norms import (
     conv_norm_bound,
     overlap_factor,
     power_iteration,

@@ -14,24 +14,24 @@ from mmengine.dist import (
 )
 from mmengine.runner import Runner
 
-from mmstabvim.engine.divergence_record import (
+from mmstabvim.engine.divergence.record import (
     drawing_from,
     save_record,
     snapshot_batch,
 )
-from mmstabvim.engine.divergence_report import Divergence
-from mmstabvim.engine.last_good import (
+from mmstabvim.engine.divergence.report import Divergence
+from mmstabvim.engine.divergence.rollback import (
     bare_model,
     find_last_good,
     optim_wrappers,
 )
-from mmstabvim.engine.nonfinite import (
+from mmstabvim.engine.divergence.step_watch import StepWatch, loss_scaler
+from mmstabvim.engine.divergence.trace import (
     Finding,
     nonfinite_names,
     trace_step,
     without_reproduction,
 )
-from mmstabvim.engine.step_watch import StepWatch, loss_scaler
 
 
 class Step(NamedTuple):

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice, real_dtype
-from mmstabvim.stability.kernel_descent import sphere_descent
-from mmstabvim.stability.kernel_flattening import flatten_gains
-from mmstabvim.stability.kernel_spectrum import (
+from mmstabvim.stability.weights.kernel_descent import sphere_descent
+from mmstabvim.stability.weights.kernel_flattening import flatten_gains
+from mmstabvim.stability.weights.kernel_spectrum import (
     FrequencyPlanes,
     Size,
     check_kernels,
     frequency_planes,
     kernel_stable_rank,
 )
-from mmstabvim.stability.kernel_srn_c import srn_c
-from mmstabvim.stability.sphere import bisect, to_sphere
+from mmstabvim.stability.weights.sphere import bisect, to_sphere
+from mmstabvim.stability.weights.srn_c import srn_c
 
 SOLVERS = ('exact', 'rgd', 'srn_c')
 MODES = ('reduce', 'equal')

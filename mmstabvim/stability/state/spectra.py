@@ -5,13 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.eigenbasis import Eigenbasis, eigenvector_cosine
 from mmstabvim.stability.inputs import (
     check_finite,
     check_square,
     dense,
     real_dtype,
 )
+from mmstabvim.stability.state.eigenbasis import Eigenbasis, eigenvector_cosine
 
 SMALLEST_COSINE = 1e-4
 """Least ``|y^H x|`` of left and right unit eigenvectors for which the exact

@@ -18,11 +18,11 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from mmstabvim.checkpoint import load_checkpoint_tensors
+from mmstabvim.engine.divergence.trace import Finding, trace_step
 from mmstabvim.engine.hooks.random_state_hook import (
     get_random_state,
     set_random_state,
 )
-from mmstabvim.engine.nonfinite import Finding, trace_step
 
 _ELEMENT, _MISSING = '__data_element__', '__not_stored__'
 _FIELD_SETS = ('_metainfo_fields', '_data_fields')

@@ -9,7 +9,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from mmstabvim.engine.nonfinite import floating_tensors, largest_entry
+from mmstabvim.engine.divergence.trace import floating_tensors, largest_entry
 
 
 def loss_scaler(wrapper: OptimWrapper) -> Any:

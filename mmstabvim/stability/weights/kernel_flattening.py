@@ -8,8 +8,8 @@ several starts.
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.kernel_spectrum import FrequencyPlanes
-from mmstabvim.stability.sphere import bisect, to_sphere
+from mmstabvim.stability.weights.kernel_spectrum import FrequencyPlanes
+from mmstabvim.stability.weights.sphere import bisect, to_sphere
 
 _STARTS = 4
 _WEIGHTS = [0.1 * 0.3**k for k in range(18)]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmstabvim.engine.nonfinite import Finding, TensorRange
+from mmstabvim.engine.divergence.trace import Finding, TensorRange
 
 CAUSES = {
     'loss': 'the loss is not finite',
@@ -308,7 +308,7 @@ def _reproduction(divergence: Divergence) -> Iterator[str]:
     )
     yield ''
     yield '```python'
-    yield 'from mmstabvim.engine.divergence_record import replay'
+    yield 'from mmstabvim.engine.divergence.record import replay'
     yield ''
     model = 'model'
     if divergence.config is None:

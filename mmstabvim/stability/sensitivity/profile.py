@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmstabvim.stability.attribution import check_logits
-from mmstabvim.stability.curvature import hessian_extremes, hessian_product
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.logit_jacobian import (
+from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.curvature import (
+    hessian_extremes,
+    hessian_product,
+)
+from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     Estimates,
     check_parameters,

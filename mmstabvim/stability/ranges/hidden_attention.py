@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmstabvim.ops.selective_scan.discretization import B_DISCS, phi1
-from mmstabvim.stability.eigenbasis import matrix_exponential_scan
 from mmstabvim.stability.inputs import check_choice, real_dtype
+from mmstabvim.stability.state.eigenbasis import matrix_exponential_scan
 
 AGGREGATIONS = ('abs', 'mean', 'norm')
 

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from mmstabvim.checkpoint import load_everything
-from mmstabvim.engine.nonfinite import floating_tensors, nonfinite_names
+from mmstabvim.engine.divergence.trace import floating_tensors, nonfinite_names
 
 FILE_NAME = 'last_good.pth'
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.attribution import check_logits
-from mmstabvim.stability.entropy import spectral_entropy
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.logit_jacobian import (
+from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.entropy import spectral_entropy
+from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     check_differentiable,
     input_jacobian,

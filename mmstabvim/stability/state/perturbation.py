@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.eigenbasis import condition_number
 from mmstabvim.stability.inputs import add_to_diagonal, check_choice, dense
-from mmstabvim.stability.spectral import numerical_abscissa
+from mmstabvim.stability.state.eigenbasis import condition_number
+from mmstabvim.stability.state.spectra import numerical_abscissa
 
 OBJECTIVES = ('log', 'plain')
 

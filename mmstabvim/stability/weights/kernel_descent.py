@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.kernel_spectrum import (
+from mmstabvim.stability.weights.kernel_spectrum import (
     Size,
     check_kernels,
     kernel_stable_rank,
     phases,
     squared_gains,
 )
-from mmstabvim.stability.sphere import random_points, to_sphere
+from mmstabvim.stability.weights.sphere import random_points, to_sphere
 
 
 class Descent(NamedTuple):

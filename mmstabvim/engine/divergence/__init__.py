@@ -1,0 +1,1 @@
+"""Finding, recording and reporting non-finite values; needs no Mamba."""

@@ -1,0 +1,1 @@
+"""Ranges: certified bounds of activations, and hidden attention."""

@@ -1,0 +1,1 @@
+"""Sensitivity: Jacobians, curvature, entropy and attributions."""

@@ -1,0 +1,1 @@
+"""State matrices: eigenbasis, spectra, constraints, initialization, growth."""

@@ -1,0 +1,1 @@
+"""Weights: spectral and stable norms of matrices and kernels."""
