@@ -26,7 +26,10 @@ LEVELS = {
     'datasets': 3,
     'evaluation': 3,
     'visualization': 3,
-    'ablation': 4,
+    'apis': 4,
+    'reporting': 4,
+    'analysis': 5,
+    'ablation': 5,
     'check_env': 4,
 }
 # registered parts know each other through the registry only

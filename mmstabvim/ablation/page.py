@@ -5,9 +5,9 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mmstabvim.ablation import tables
 from mmstabvim.ablation.layout import Picture
-from mmstabvim.ablation.tables import Table
+from mmstabvim.reporting import tables
+from mmstabvim.reporting.tables import Table
 from mmstabvim.version import __version__
 
 _PIXELS = 133  # of an inch: a figure of a full line fills the page

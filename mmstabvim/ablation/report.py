@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmstabvim.ablation import figures, page, results, statistics, tables
+from mmstabvim.ablation import figures, page, results, statistics
 from mmstabvim.ablation.layout import Picture
 from mmstabvim.ablation.report_tables import make_tables
 from mmstabvim.ablation.results import Study
-from mmstabvim.ablation.tables import Table
+from mmstabvim.reporting import tables
+from mmstabvim.reporting.tables import Table
 from mmstabvim.visualization import style
 
 _NAMES = (

@@ -9,7 +9,7 @@ from mmstabvim.ablation import results, statistics
 from mmstabvim.ablation.layout import facet_values
 from mmstabvim.ablation.results import Study
 from mmstabvim.ablation.statistics import Combination, Difference, Sample
-from mmstabvim.ablation.tables import Table
+from mmstabvim.reporting.tables import Table
 
 DASH = '—'
 _DIVERGENCE = (

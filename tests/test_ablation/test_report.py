@@ -17,8 +17,8 @@ from mmstabvim.ablation import (
     report_tables,
     results,
     statistics,
-    tables,
 )
+from mmstabvim.reporting import tables
 from mmstabvim.visualization import eigenvalue_figure, style
 
 STABILIZERS = ['none', 'sn', 'all']

@@ -8,8 +8,8 @@ import certify_ranges as tool
 import cv2
 import pytest
 import torch
-from _trained import loading
 
+from mmstabvim.apis import trained
 from mmstabvim.layers.mixer_ranges import largest_values, trace_mixer
 
 SIGNED = dict(type='signed')
@@ -31,9 +31,9 @@ def pick(rows, **wanted):
 
 def load(arguments):
     parser = tool.argparse.ArgumentParser()
-    loading.add_options(parser, 1)
+    trained.add_options(parser, 1)
     args = parser.parse_args(arguments)
-    return args, *loading.load_model(args)
+    return args, *trained.load_model(args)
 
 
 def test_files_and_numbers(digits, tmp_path, capsys):
@@ -70,7 +70,7 @@ def test_largest_step_size_is_the_models_own(digits, tmp_path):
     direction = model.backbone.layers[1].mixer.directions[1]
     direction.observers.append(lambda delta: seen.append(delta.max().item()))
     with torch.no_grad():
-        for image in loading.load_images(args, cfg, model):
+        for image in trained.load_images(args, cfg, model):
             model(image, mode='tensor')
     assert len(seen) == 3
     (row,) = pick(rows, layer=1, direction='backward', tensor='delta')
@@ -81,7 +81,7 @@ def test_images_of_a_folder(digits, tmp_path):
     """A file with a test image gives what the test image gives."""
     arguments = digits()
     args, cfg, _ = load([*arguments, '--samples=1'])
-    (sample,) = loading.test_samples(args, cfg)  # of the same seed
+    (sample,) = trained.test_samples(args, cfg)  # of the same seed
     (tmp_path / 'images').mkdir()
     pixels = sample['inputs'].permute(1, 2, 0).numpy()
     cv2.imwrite(str(tmp_path / 'images/one.png'), pixels)
@@ -140,7 +140,7 @@ def test_never_violated_by_gradient_ascent_on_the_image(digits, rough, matrix):
     arguments = digits(rough, state_matrix=matrix, scan_backend='reference')
     _, _, model = load(arguments)
     bounds = tool.certify(model, torch.float16, tool.Progress(disable=True))
-    blocks = loading.find_blocks(model)
+    blocks = trained.find_blocks(model)
     torch.manual_seed(0)
     image = torch.randn(2, 3, 16, 16).requires_grad_()
     optimizer = torch.optim.Adam([image], lr=0.3)
@@ -183,7 +183,7 @@ def test_a_violation_is_an_error():
 
 def test_a_segmentor(scenes, tmp_path):
     rows, facts = run(scenes, tmp_path / 'out', '--samples=1')
-    blocks = loading.find_blocks(load(scenes)[-1])
+    blocks = trained.find_blocks(load(scenes)[-1])
     assert len(blocks) > 1
     assert {row['name'] for row in rows} == set(blocks)
     assert all(row['observed'] <= row['bound'] for row in rows)

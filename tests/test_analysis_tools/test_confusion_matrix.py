@@ -9,11 +9,12 @@ import confusion_matrix as tool
 import numpy as np
 import pytest
 import torch
-from _trained import loading
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from sklearn import metrics
+
+from mmstabvim.apis import trained
 
 MIM = '.mim/tools/analysis_tools/confusion_matrix.py'
 
@@ -51,9 +52,9 @@ def segmentor(scenes):
 def answers(arguments):
     """True labels and predictions, image by image."""
     parser = tool.argparse.ArgumentParser()
-    loading.add_options(parser, 10**6)
-    cfg, model = loading.load_model(parser.parse_args(arguments))
-    dataset = loading.DATASETS.build(cfg.test_dataloader.dataset)
+    trained.add_options(parser, 10**6)
+    cfg, model = trained.load_model(parser.parse_args(arguments))
+    dataset = trained.DATASETS.build(cfg.test_dataloader.dataset)
     true, said = [], []
     for i in range(len(dataset)):
         (sample,) = model.test_step(pseudo_collate([dataset[i]]))

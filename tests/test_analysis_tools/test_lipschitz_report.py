@@ -6,8 +6,8 @@ import math
 import lipschitz_report as tool
 import pytest
 import torch
-from _trained import loading
 
+from mmstabvim.apis import trained
 from mmstabvim.layers import VisionMambaBlock
 from mmstabvim.layers.mixer_ranges import trace_mixer
 from mmstabvim.stability import local_jacobian_norm
@@ -26,9 +26,9 @@ def pick(rows, **wanted):
 
 def load(arguments):
     parser = tool.argparse.ArgumentParser()
-    loading.add_options(parser, 2)
+    trained.add_options(parser, 2)
     args = parser.parse_args(arguments)
-    return args, *loading.load_model(args)
+    return args, *trained.load_model(args)
 
 
 @pytest.fixture
@@ -136,11 +136,11 @@ def test_product_bounds_are_attained_by_one_channel():
 def test_local_norms_are_those_of_the_jacobian(small, method):
     options = ['--samples=1', '--steps=40', f'--method={method}']
     args = tool.parse_args([*small, *options])
-    cfg, model = loading.load_model(args)
+    cfg, model = trained.load_model(args)
     found = list(
         tool.local_norms(args, cfg, model, tool.Progress(disable=True))
     )
-    images = loading.load_images(args, cfg, model)
+    images = trained.load_images(args, cfg, model)
     for image, norms in zip(images, found, strict=True):
         jacobian = torch.autograd.functional.jacobian(
             lambda x: model(x, mode='tensor')[0], image.double()
@@ -148,7 +148,7 @@ def test_local_norms_are_those_of_the_jacobian(small, method):
         wanted = torch.linalg.matrix_norm(jacobian.flatten(1), 2).item()
         assert norms[''] == pytest.approx(wanted, rel=1e-3)
     tokens = tool.normed_tokens(
-        model, loading.find_blocks(model), image.double()
+        model, trained.find_blocks(model), image.double()
     )
     mixer = model.backbone.layers[0].mixer
     jacobian = torch.autograd.functional.jacobian(
@@ -162,7 +162,7 @@ def test_local_norms_are_those_of_the_jacobian(small, method):
 def test_the_local_norm_of_a_mixer_is_the_largest(small, tmp_path):
     rows, facts = run(small, tmp_path / 'out', '--steps=3')
     args = tool.parse_args([*small, '--samples=2', '--steps=3'])
-    cfg, model = loading.load_model(args)
+    cfg, model = trained.load_model(args)
     found = list(
         tool.local_norms(args, cfg, model, tool.Progress(disable=True))
     )

@@ -20,13 +20,13 @@ from _stability_report.findings import (
 )
 from _stability_report.measure import Measured
 from _stability_report.thresholds import THRESHOLDS
-from _trained import loading
-from _trained.writing import plain
 from rich.progress import Progress
 from small_runs import digits_config, train, unformatted_configs
 
 from mmstabvim.ablation.results import Curves
+from mmstabvim.apis import trained
 from mmstabvim.layers import SelectiveSSM
+from mmstabvim.reporting.writing import plain
 from mmstabvim.stability import sensitivity_profile
 
 WAYS = ('forward', 'backward')
@@ -64,8 +64,8 @@ def pick(rows, **wanted):
 
 def load(arguments, *more):
     args = tool.parse_args([*arguments, '--samples=2', *more])
-    cfg, model = loading.load_model(args)
-    return model, list(loading.load_images(args, cfg, model))
+    cfg, model = trained.load_model(args)
+    return model, list(trained.load_images(args, cfg, model))
 
 
 def observed_steps(model, images):
@@ -280,8 +280,8 @@ def test_sensitivity_by_hand(digits, rough, classes):
 
 def labels_of(arguments):
     args = tool.parse_args([*arguments, '--samples=2'])
-    cfg, _ = loading.load_model(args)
-    samples = loading.test_samples(args, cfg)
+    cfg, _ = trained.load_model(args)
+    samples = trained.test_samples(args, cfg)
     return torch.cat([s['data_samples'].gt_label for s in samples])
 
 

@@ -9,8 +9,8 @@ import planted
 import pytest
 import torch
 import vis_cam as tool
-from _trained import loading, tokens
 
+from mmstabvim.apis import tokens, trained
 from mmstabvim.visualization.overlay import Panel, Patches, overlay_figure
 
 PLACES = [
@@ -24,7 +24,7 @@ places = pytest.mark.parametrize('place', PLACES, ids=lambda p: p['cls_token'])
 
 def load(arguments):
     args = tool.parse_args(arguments)
-    return args, *loading.load_model(args)
+    return args, *trained.load_model(args)
 
 
 def rough_head(model):
@@ -153,7 +153,7 @@ def test_files_and_numbers(digits, tmp_path, capsys):
     assert [float(r['signed']) for r in table] == [r['signed'] for r in rows]
     args, cfg, model = load([*arguments, '--samples=3', '--seed=1'])
     samples = list(tokens.named_images(args, cfg, model))
-    images = list(loading.load_images(args, cfg, model))
+    images = list(trained.load_images(args, cfg, model))
     assert len(samples) == len(images)
     for number, (sample, image) in enumerate(
         zip(samples, images, strict=True)
@@ -195,7 +195,7 @@ def test_images_of_a_folder_and_a_chosen_class(digits, tmp_path):
 
 def test_the_picture_is_what_the_model_reads(digits, tmp_path):
     args, cfg, model = load(digits())
-    raw = next(loading.test_samples(args, cfg))['inputs']
+    raw = next(trained.test_samples(args, cfg))['inputs']
     sample = next(tokens.named_images(args, cfg, model))
     picture = tokens.picture_of(model, sample.image)
     wanted = raw.permute(1, 2, 0).numpy() / 255

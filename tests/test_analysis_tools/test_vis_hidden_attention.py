@@ -9,9 +9,9 @@ import planted
 import pytest
 import torch
 import vis_hidden_attention as tool
-from _trained import loading, tokens
 from torch import nn
 
+from mmstabvim.apis import tokens, trained
 from mmstabvim.layers.mixer_attention import mixer_attention
 from mmstabvim.stability.ranges.hidden_attention import attention_rollout
 
@@ -36,7 +36,7 @@ def run(arguments, folder, *more):
 
 def load(arguments):
     args = tool.parse_args(arguments)
-    return args, *loading.load_model(args)
+    return args, *trained.load_model(args)
 
 
 def pick(rows, **wanted):

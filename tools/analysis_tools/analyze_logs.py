@@ -34,8 +34,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmstabvim.ablation import results
-from mmstabvim.ablation.tables import to_csv
 from mmstabvim.engine import launch
+from mmstabvim.reporting.tables import to_csv
 from mmstabvim.visualization import style
 
 Line = dict[str, Any]

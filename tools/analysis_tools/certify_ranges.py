@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from _trained import loading, writing
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from mmstabvim.apis import trained
 from mmstabvim.engine import launch
 from mmstabvim.layers.mixer_ranges import (
     DIRECTED,
@@ -31,6 +31,7 @@ from mmstabvim.layers.mixer_ranges import (
     largest_values,
     trace_mixer,
 )
+from mmstabvim.reporting import writing
 from mmstabvim.visualization import line_figure
 from mmstabvim.visualization.curves import Quantity
 
@@ -82,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loading.add_options(parser, samples=16)
+    trained.add_options(parser, samples=16)
     parser.add_argument(
         '--dtype',
         choices=DTYPES,
@@ -90,7 +91,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='of autocast (default: %(default)s)',
     )
     args = parser.parse_args(argv)
-    loading.check_samples(parser, args, 0)
+    trained.check_samples(parser, args, 0)
     return args
 
 
@@ -98,7 +99,7 @@ def certify(
     model: nn.Module, dtype: torch.dtype, progress: Progress
 ) -> dict[str, Values]:
     """Bounds of every block."""
-    blocks = loading.find_blocks(model)
+    blocks = trained.find_blocks(model)
     bar = progress.add_task('bounds', total=len(blocks))
     found = {}
     for name, block in blocks.items():
@@ -123,7 +124,7 @@ def watching(model: nn.Module, seen: dict[str, Values]) -> Iterator[None]:
 
     handles = [
         block.mixer.register_forward_pre_hook(partial(record, name))
-        for name, block in loading.find_blocks(model).items()
+        for name, block in trained.find_blocks(model).items()
     ]
     try:
         yield
@@ -142,7 +143,7 @@ def observe(
     count = 0
     if args.samples:
         with watching(model, seen):
-            for image in loading.load_images(args, cfg, model):
+            for image in trained.load_images(args, cfg, model):
                 model(image, mode='tensor')
                 count += 1
                 progress.advance(bar)
@@ -280,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     dtype = getattr(torch, args.dtype)
     with launch.clear_errors(), Progress(console=console) as progress:
-        cfg, model = loading.load_model(args)
+        cfg, model = trained.load_model(args)
         bounds = certify(model, dtype, progress)
         seen, count = observe(args, cfg, model, progress)
     rows = make_rows(bounds, seen, dtype)
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns |= {tensor: f'{symbol}' for tensor, symbol in MAIN.items()}
     columns |= dict(worst='worst, of its limit', overflow='overflow')
     table = writing.markdown(summarize(rows), columns)
-    folder = loading.out_folder(args, 'ranges')
+    folder = trained.out_folder(args, 'ranges')
     page = PAGE.format(**facts, table=table)
     figure = draw(rows, args.dtype)
     writing.save(folder, 'ranges', page, rows, facts, figure)

@@ -26,7 +26,6 @@ import mmengine
 import numpy as np
 import torch
 from _robustness.evaluate import choose_samples
-from _trained import writing
 from matplotlib.figure import Figure
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import BaseMetric
@@ -36,6 +35,7 @@ from rich.progress import Progress
 
 from mmstabvim.engine import launch
 from mmstabvim.registry import METRICS
+from mmstabvim.reporting import writing
 from mmstabvim.visualization import style
 
 Row = dict[str, Any]

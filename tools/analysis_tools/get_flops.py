@@ -38,7 +38,6 @@ from typing import Any
 
 import mmengine
 import torch
-from _trained import writing
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -49,10 +48,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import flop_counter
 
-from mmstabvim.ablation.tables import Table as Page
-from mmstabvim.ablation.tables import to_markdown
 from mmstabvim.engine import launch
 from mmstabvim.layers import MambaMixer, SelectiveSSM
+from mmstabvim.reporting import writing
+from mmstabvim.reporting.tables import Table as Page
+from mmstabvim.reporting.tables import to_markdown
 from mmstabvim.visualization import style
 
 Row = dict[str, Any]

@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from _trained import loading, writing
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from mmstabvim.apis import trained
 from mmstabvim.engine import launch
 from mmstabvim.layers import RMSNorm, SelectiveSSM, VisionMambaBlock
+from mmstabvim.reporting import writing
 from mmstabvim.stability import (
     find_layers,
     layer_norms,
@@ -91,7 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loading.add_options(parser, samples=4)
+    trained.add_options(parser, samples=4)
     parser.add_argument(
         '--steps',
         type=int,
@@ -106,7 +107,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         'scan (default: %(default)s)',
     )
     args = parser.parse_args(argv)
-    loading.check_samples(parser, args, 1)
+    trained.check_samples(parser, args, 1)
     if args.steps < 1:
         parser.error(f'--steps must be at least 1, got {args.steps}')
     return args
@@ -249,10 +250,10 @@ def local_norms(
     args: argparse.Namespace, cfg: Any, model: Any, progress: Progress
 ) -> Iterator[dict[str, float]]:
     """Of each image: the Jacobian norm of each mixer, and ``''`` of all."""
-    blocks = loading.find_blocks(model)
+    blocks = trained.find_blocks(model)
     # in float64, for differences
     images = [
-        image.double() for image in loading.load_images(args, cfg, model)
+        image.double() for image in trained.load_images(args, cfg, model)
     ]
     model.double().requires_grad_(False)
     if args.method == 'double_backward':
@@ -344,8 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.INFO)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with launch.clear_errors(), Progress(console=console) as progress:
-        cfg, model = loading.load_model(args)
-        blocks = loading.find_blocks(model)
+        cfg, model = trained.load_model(args)
+        blocks = trained.find_blocks(model)
         rows = weight_rows(model, progress)
         sigmas = [line['sigma'] for line in rows]
         rows += norm_rows(model)
@@ -379,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = writing.markdown([describe(line) for line in rows], columns)
     local_text = spread(whole)
     page = PAGE.format(**facts, table=table, local=local_text, product=product)
-    folder = loading.out_folder(args, 'lipschitz')
+    folder = trained.out_folder(args, 'lipschitz')
     writing.save(
         folder, 'lipschitz', page, rows, facts, draw(rows, list(blocks))
     )

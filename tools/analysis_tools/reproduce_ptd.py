@@ -28,7 +28,7 @@ from _ptd.measurements import (
 from rich.console import Console
 from rich.progress import Progress
 
-from mmstabvim.ablation.tables import Table, to_csv, to_markdown
+from mmstabvim.reporting.tables import Table, to_csv, to_markdown
 from mmstabvim.visualization import line_figure, style
 from mmstabvim.visualization.curves import Quantity
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from _robustness.evaluate import cell_config, find_checkpoint, is_ready
-from _trained.loading import load_model, test_samples
 from mmengine.dataset import pseudo_collate
 from rich.console import Console
 from rich.progress import Progress
@@ -33,8 +32,9 @@ from torch import Tensor, nn
 from mmstabvim.ablation import results
 from mmstabvim.ablation.report_tables import plus_minus
 from mmstabvim.ablation.statistics import sample
-from mmstabvim.ablation.tables import Table, to_csv, to_markdown
+from mmstabvim.apis.trained import load_model, test_samples
 from mmstabvim.evaluation import SensitivityMetric
+from mmstabvim.reporting.tables import Table, to_csv, to_markdown
 from mmstabvim.stability import (
     input_jacobian,
     singular_values,

@@ -25,10 +25,10 @@ from _stability_report.findings import condense, find
 from _stability_report.measure import Measured, measure
 from _stability_report.source import curve_rows, find_source
 from _stability_report.write import FORMATS, write_files
-from _trained import loading
 from rich.console import Console
 from rich.progress import Progress
 
+from mmstabvim.apis import trained
 from mmstabvim.engine import launch
 
 
@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loading.add_options(parser, samples=4)
+    trained.add_options(parser, samples=4)
     add = parser.add_argument
     add(
         '--against',
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='of figures besides PNG (default: none)',
     )
     args = parser.parse_args(argv)
-    loading.check_samples(parser, args, 1)
+    trained.check_samples(parser, args, 1)
     for name, least in (('profile_samples', 0), ('classes', 1), ('steps', 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with launch.clear_errors(), Progress(console=console) as progress:
         found = measure_all(args, progress)
         bar = progress.add_task('page and figures', total=1)
-        folder = loading.out_folder(args, 'stability')
+        folder = trained.out_folder(args, 'stability')
         lines = report(found, folder, args)
         progress.advance(bar)
     print('\n'.join(lines))

@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from _trained import loading, tokens, writing
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from mmstabvim.apis import tokens, trained
 from mmstabvim.engine import launch
 from mmstabvim.models import VisionMamba
+from mmstabvim.reporting import writing
 from mmstabvim.visualization.overlay import (
     Panel,
     Patches,
@@ -82,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loading.add_options(parser, samples=6)
+    trained.add_options(parser, samples=6)
     parser.add_argument(
         '--target',
         type=int,
@@ -104,7 +105,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '(default: %(default)s)',
     )
     args = parser.parse_args(argv)
-    loading.check_samples(parser, args, 1)
+    trained.check_samples(parser, args, 1)
     return args
 
 
@@ -367,7 +368,7 @@ def write(
     drawn = [row for row in found.rows if row['panel'] in found.panels]
     columns = min(COLUMNS, len(found.panels))
     figure = overlay_figure(drawn, found.panels, found.patches, columns)
-    folder = loading.out_folder(args, 'cam')
+    folder = trained.out_folder(args, 'cam')
     rows = [{k: v for k, v in r.items() if k != 'panel'} for r in found.rows]
     writing.save(folder, 'cam', page, rows, facts, figure)
     return f'{table}\nWritten: {folder / "cam.md"}'
@@ -379,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.INFO)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     with launch.clear_errors(), Progress(console=console) as progress:
-        cfg, model = loading.load_model(args)
+        cfg, model = trained.load_model(args)
         name, backbone = tokens.find_backbone(model)
         layer = args.layer or default_layer(name, backbone)
         found = look(args, cfg, model, backbone, layer, progress)

@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from _trained import loading, tokens, writing
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from mmstabvim.apis import tokens, trained
 from mmstabvim.engine import launch
 from mmstabvim.layers.mixer_attention import mixer_attention
 from mmstabvim.models import VisionMamba
+from mmstabvim.reporting import writing
 from mmstabvim.stability.ranges.hidden_attention import (
     AGGREGATIONS,
     attention_rollout,
@@ -74,7 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    loading.add_options(parser, samples=1)
+    trained.add_options(parser, samples=1)
     add = parser.add_argument
     add(
         '--token',
@@ -94,7 +95,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--rollout', action='store_true', help='also over all layers')
     add('--no-matrices', action='store_true', help='do not write .npz files')
     args = parser.parse_args(argv)
-    loading.check_samples(parser, args, 1)
+    trained.check_samples(parser, args, 1)
     if args.rollout and args.how == 'mean':
         parser.error('--rollout needs values >= 0: --how abs or norm')
     return args
@@ -330,7 +331,7 @@ def write(
         rolled = attention_rollout(matrices[BOTH][:, None])[0]
     rows, lines = collect(matrices, layers, positions, layout, rolled)
     folder, file = (
-        loading.out_folder(args, 'hidden_attention'),
+        trained.out_folder(args, 'hidden_attention'),
         f'image_{number}',
     )
     facts = dict(
@@ -371,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     reports = []
     with launch.clear_errors(), Progress(console=console) as progress:
-        cfg, model = loading.load_model(args)
+        cfg, model = trained.load_model(args)
         _, backbone = tokens.find_backbone(model)
         total = args.samples * backbone.num_layers
         bar = progress.add_task('layers', total=total)

@@ -41,7 +41,7 @@ from torch.utils import flop_counter as flops
 
 from mmstabvim import VisionMamba
 from mmstabvim.ablation.progress import duration
-from mmstabvim.ablation.tables import Table, to_csv, to_markdown
+from mmstabvim.reporting.tables import Table, to_csv, to_markdown
 from mmstabvim.visualization import curve_figure, style
 from mmstabvim.visualization.curves import Quantity
 

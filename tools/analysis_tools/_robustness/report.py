@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 
 from _robustness.evaluate import Measured, Rows
 from mmstabvim.ablation.statistics import sample
-from mmstabvim.ablation.tables import Table, to_csv, to_latex, to_markdown
 from mmstabvim.evaluation.robustness_summary import (
     by_frequency,
     score_name,
     summarize,
 )
+from mmstabvim.reporting.tables import Table, to_csv, to_latex, to_markdown
 from mmstabvim.visualization import robustness_figure, style
 from mmstabvim.visualization.curves import Quantity
 

@@ -18,7 +18,7 @@ from _stability_report.tables import PROFILE, cell, make
 from _stability_report.tensors import LIMITS, largest_shares, overflows
 from _stability_report.thresholds import WORDS
 from mmstabvim.ablation.layout import Picture
-from mmstabvim.ablation.tables import Table
+from mmstabvim.reporting.tables import Table
 
 Row = dict[str, Any]
 

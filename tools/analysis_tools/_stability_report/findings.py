@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from _trained.writing import number
-
 from _stability_report.directions import GROWTH, LONG, SHORT
 from _stability_report.measure import Measured
 from _stability_report.source import finite
 from _stability_report.tensors import LIMITS, largest_shares, overflows
 from _stability_report.thresholds import THRESHOLDS, WORDS
+from mmstabvim.reporting.writing import number
 from mmstabvim.stability.state.diagnostics import SKIPPED
 
 Row = dict[str, Any]

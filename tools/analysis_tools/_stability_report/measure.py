@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from _trained import loading
 from lipschitz_report import last_output
 from mmengine.dataset import pseudo_collate
 from rich.progress import Progress
@@ -18,6 +17,7 @@ from _stability_report.sensitivity import measure_sensitivity
 from _stability_report.source import Source
 from _stability_report.tensors import Seen, bounds_of, tensor_rows
 from _stability_report.weights import nonfinite_rows, weight_rows
+from mmstabvim.apis import trained
 from mmstabvim.layers.mixer_ranges import trace_mixer
 
 Row = dict[str, Any]
@@ -77,8 +77,8 @@ def measure(
         progress (Progress): Gets bars.
     """
     args = source.arguments(args)
-    cfg, model = loading.load_model(args)
-    blocks = loading.find_blocks(model)
+    cfg, model = trained.load_model(args)
+    blocks = trained.find_blocks(model)
     names = list(blocks)
     found = Measured(source, broken=nonfinite_rows(model, names))
     directions = all_directions(blocks)
@@ -104,9 +104,9 @@ def load_samples(
 ) -> tuple[list[Tensor], list[int | None]]:
     """Images as the model reads them, and their labels where there are."""
     samples = (
-        loading.test_samples(args, cfg)
+        trained.test_samples(args, cfg)
         if args.images is None
-        else loading.file_samples(args, cfg)
+        else trained.file_samples(args, cfg)
     )
     inputs: list[Tensor] = []
     labels: list[int | None] = []
@@ -274,7 +274,7 @@ def describe(
 ) -> Row:
     """What was measured, on what."""
     where = 'the test set' if args.images is None else str(args.images)
-    blocks = loading.find_blocks(model)
+    blocks = trained.find_blocks(model)
     matrix = next(iter(blocks.values())).mixer.directions[0].state_matrix
     sizes = sorted({'x'.join(map(str, x.shape[2:])) for x in inputs})
     return dict(

@@ -15,10 +15,10 @@ from _stability_report.compare import (
 from _stability_report.findings import Finding, condense
 from _stability_report.measure import Measured
 from _stability_report.thresholds import WORDS
-from mmstabvim.ablation import tables as writers
 from mmstabvim.ablation.layout import Picture
 from mmstabvim.ablation.page import figure_html, make_page
-from mmstabvim.ablation.tables import Table
+from mmstabvim.reporting import tables as writers
+from mmstabvim.reporting.tables import Table
 
 STYLE = """
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }

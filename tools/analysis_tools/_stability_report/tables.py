@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from _trained.writing import number
 from certify_ranges import MAIN, summarize
 
 from _stability_report.directions import NAMES, QUANTILES
@@ -15,7 +14,8 @@ from _stability_report.findings import (
 from _stability_report.measure import Measured
 from _stability_report.tensors import LIMITS, largest_shares, overflows
 from _stability_report.thresholds import THRESHOLDS, WORDS
-from mmstabvim.ablation.tables import Table
+from mmstabvim.reporting.tables import Table
+from mmstabvim.reporting.writing import number
 
 Row = dict[str, Any]
 Rows = list[Row]

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _trained.writing import plain
-
 from _stability_report import page
 from _stability_report.findings import Finding
 from _stability_report.page import Section
-from mmstabvim.ablation.tables import to_csv
+from mmstabvim.reporting.tables import to_csv
+from mmstabvim.reporting.writing import plain
 from mmstabvim.visualization import style
 
 NAME = 'stability_report'

@@ -50,7 +50,7 @@ def load_model(args: argparse.Namespace) -> tuple[Config, nn.Module]:
     """
     cfg = launch.read_settings(args.config, args.cfg_options)
     args.checkpoint = launch.find_checkpoint(args.checkpoint)
-    print(f'Checkpoint: {args.checkpoint}')
+    print(f'Checkpoint: {args.checkpoint}')  # noqa: T201
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if 'data_preprocessor' in cfg:
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)

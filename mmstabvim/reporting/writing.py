@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mmstabvim.ablation.tables import Table, to_csv, to_markdown
+from mmstabvim.reporting.tables import Table, to_csv, to_markdown
 from mmstabvim.visualization import style
 
 Row = dict[str, Any]

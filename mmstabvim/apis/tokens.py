@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from torch import Tensor, nn
 
-from _trained import loading
+from mmstabvim.apis import trained
 from mmstabvim.layers.position_embedding import (
     cls_token_positions,
     split_tokens,
@@ -121,9 +121,9 @@ class Sample(NamedTuple):
 def named_images(
     args: argparse.Namespace, cfg: Config, model: Any
 ) -> Iterator[Sample]:
-    """As :func:`.loading.load_images`, with names and classes."""
+    """As :func:`.trained.load_images`, with names and classes."""
     find = (
-        loading.test_samples if args.images is None else loading.file_samples
+        trained.test_samples if args.images is None else trained.file_samples
     )
     for sample in find(args, cfg):
         data = model.data_preprocessor(pseudo_collate([sample]), False)

@@ -1,1 +1,0 @@
-"""A trained model and its images, for the analysis tools."""
