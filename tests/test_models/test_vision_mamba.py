@@ -96,7 +96,7 @@ def test_no_pixel_is_dropped():
 
 
 @pytest.mark.parametrize(
-    'option', [dict(with_cp=True), dict(scan_backend='reference')], ids=str
+    'option', [dict(with_cp=True), dict(backend='reference')], ids=str
 )
 def test_same_numbers_by_another_way(option):
     """Checkpointing and the reference scan change nothing."""

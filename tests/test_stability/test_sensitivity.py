@@ -373,7 +373,7 @@ class Classifier(nn.Module):
             dict(embed_dims=8, num_layers=1, d_state=2),
             img_size=8,
             patch_size=4,
-            scan_backend=backend,
+            backend=backend,
         )
         self.head = nn.Linear(8, 3)
 

@@ -93,11 +93,13 @@ class StabilityLoss(nn.Module):
 
     def _sum(self, matrix: StateMatrix) -> Tensor:
         if self.surrogate is None:
-            values = matrix.raw_eigenvalues()
+            values = matrix.eigenvalues(matrix.free)
             penalty = stability_penalty(values, self.eps, 'sum')
             return matrix.multiplicity * penalty
-        return numerical_abscissa_penalty(matrix.raw_dense(), self.eps, 'sum')
+        return numerical_abscissa_penalty(
+            matrix.dense(matrix.free), self.eps, 'sum'
+        )
 
     def _count(self, matrix: StateMatrix) -> int:
-        rows, size = matrix.raw()[0].shape[0], matrix.d_state
+        rows, size = len(matrix.free[0]), matrix.d_state
         return rows if self.surrogate else rows * size * matrix.multiplicity
