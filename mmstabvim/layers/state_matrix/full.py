@@ -39,7 +39,10 @@ from mmstabvim.stability.state.eigenbasis import (
     decompose,
     known_eig,
 )
-from mmstabvim.stability.state.normalization import radius_scale
+from mmstabvim.stability.state.normalization import (
+    abscissa_shift,
+    radius_scale,
+)
 from mmstabvim.stability.state.perturbation import Perturbation
 from mmstabvim.stability.state.spectra import (
     eigenvalues,
@@ -361,8 +364,8 @@ class FullStateMatrix(StateMatrix):
 
     def clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
         """Move all eigenvalues of a matrix until the largest obeys."""
-        excess = spectral_abscissa(self.dense_of(params)) + rule.floor
-        return self.shifted(params, torch.relu(excess))
+        abscissa = spectral_abscissa(self.dense_of(params))
+        return self.shifted(params, abscissa_shift(abscissa, -rule.floor))
 
 
 class _Known(NamedTuple):

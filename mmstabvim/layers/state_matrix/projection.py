@@ -23,7 +23,8 @@ from mmstabvim.layers.state_matrix.constraints import (
     SpectralNormalization,
     check_together,
 )
-from mmstabvim.stability.state.clamping import clamp_matrix, fit_block_low_rank
+from mmstabvim.stability.state.block_low_rank import fit_block_low_rank
+from mmstabvim.stability.state.clamping import clamp_matrix
 from mmstabvim.stability.state.eigenbasis import Eigenbasis, decompose
 from mmstabvim.stability.state.spectra import gelfand_bound, spectral_radius
 

@@ -213,42 +213,6 @@ def gelfand_bound(A: Tensor, k: int = 10, check_values: bool = True) -> Tensor:
     return bound.to(real_dtype(A))
 
 
-def block_low_rank_radius_bound(
-    blocks: Tensor, U: Tensor, V: Tensor
-) -> Tensor:
-    """Bound the spectral radius of ``blkdiag(blocks) + U V^T`` cheaply.
-
-    The spectral norms of both parts, ``max_k ||A_k|| + ||U V^T||`` with
-    ``||U V^T||^2 = lambda_max(U^T U V^T V)``, so no N x N matrix is formed.
-
-    Args:
-        blocks (Tensor): (..., K, b, b), real.
-        U (Tensor): (..., K * b, r); r may be 0.
-        V (Tensor): (..., K * b, r).
-
-    Returns:
-        Tensor: (...), >= 0, unit of ``blocks``, an upper bound up to
-        rounding. At least float32, computed in float64, differentiable.
-
-    Raises:
-        ValueError: If the shapes do not fit or a value is not finite.
-    """
-    wide = dense('blocks', blocks)
-    size = blocks.shape[-3] * blocks.shape[-1] if blocks.dim() > 2 else -1
-    if U.shape != V.shape or U.dim() < 2 or U.shape[-2] != size:
-        raise ValueError(
-            'want blocks (..., K, b, b) and U, V (..., K * b, r), got '
-            f'{tuple(blocks.shape)}, {tuple(U.shape)}, {tuple(V.shape)}'
-        )
-    check_finite('U', U)
-    check_finite('V', V)
-    bound = torch.linalg.matrix_norm(wide, 2).amax(-1)
-    if U.shape[-1] > 0:
-        U, V = U.to('cpu', torch.float64), V.to('cpu', torch.float64)
-        bound = bound + _safe_sqrt(spectral_radius((U.mT @ U) @ (V.mT @ V)))
-    return bound.to(blocks.device, real_dtype(blocks, U, V))
-
-
 def _real(values: Tensor) -> Tensor:
     return values.real if values.is_complex() else values
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice, real_dtype
-from mmstabvim.stability.weights.kernel_descent import sphere_descent
+from mmstabvim.stability.weights.kernel_baselines import (
+    sphere_descent,
+    srn_c,
+)
 from mmstabvim.stability.weights.kernel_flattening import flatten_gains
 from mmstabvim.stability.weights.kernel_spectrum import (
     FrequencyPlanes,
@@ -18,11 +21,10 @@ from mmstabvim.stability.weights.kernel_spectrum import (
     kernel_stable_rank,
 )
 from mmstabvim.stability.weights.sphere import bisect, to_sphere
-from mmstabvim.stability.weights.srn_c import srn_c
 
 SOLVERS = ('exact', 'rgd', 'srn_c')
 MODES = ('reduce', 'equal')
-_ENTRIES = 2**23  # of a working array
+_ENTRIES = 2**23  # values in a working array
 
 
 def check_kernel_rank(rank: float, count: int, points: int) -> None:

@@ -325,13 +325,18 @@ def project_norms_(
     Args:
         groups (Sequence[WeightGroup]): The weights.
         bounds (Mapping[str, float]): By the names of the layers, > 0.
-        rule (str): ``'bound'`` or ``'divide'``; see :func:`norm_divisors`.
+        rule (str): Divisor of each weight: ``'bound'`` for ``max(1, norm /
+            bound)``, ``'divide'`` for ``norm / bound``.
         steps (int, optional): Steps of power iteration, or None for exact
             norms. Defaults to 1.
 
     Raises:
-        ValueError: If a weight is not finite, with the layer's name.
+        ValueError: If a weight is not finite, with the layer's name, or
+            ``rule`` is unknown.
+
+    Source: arXiv:1802.05957, Eq. 8 (``'divide'`` with bound 1).
     """
+    check_choice('rule', rule, RULES)
     norms = [
         group.norms() if steps is None else group.estimate(steps)
         for group in groups
@@ -342,32 +347,17 @@ def project_norms_(
             group.check_finite(values)
     for group, values in zip(groups, norms, strict=True):
         bound = values.new_tensor([bounds[name] for name in group.names])
-        group.divide_(norm_divisors(values, bound, rule))
+        group.divide_(_divisors(values, bound, rule))
 
 
-def norm_divisors(
+def _divisors(
     norms: Tensor, bounds: Tensor, rule: str, slack: float = 1e-6
 ) -> Tensor:
-    """What weights are divided by to obey a rule on their norms.
+    """Divisors of weights, 1 within the slack and where the norm is 0.
 
-    Args:
-        norms (Tensor): Spectral norms, any shape, >= 0.
-        bounds (Tensor): Same shape, > 0.
-        rule (str): ``'bound'`` for ``max(1, norm / bound)``, ``'divide'`` for
-            ``norm / bound``.
-        slack (float): Relative difference that is left alone, so that
-            rounding does not make a second application change a weight again.
-            Defaults to 1e-6.
-
-    Returns:
-        Tensor: Same shape, > 0, dimensionless. 1 where the norm is 0.
-
-    Raises:
-        ValueError: If ``rule`` is unknown.
-
-    Source: arXiv:1802.05957, Eq. 8 (``'divide'`` with bound 1).
+    The slack keeps a second application from changing a weight again by
+    rounding.
     """
-    check_choice('rule', rule, RULES)
     ratio = norms / bounds
     if rule == 'bound':
         return radius_scale(ratio, 1.0, slack)

@@ -1,14 +1,12 @@
 """Spectral norms of weights: matrices, convolutions, exact or estimated."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad
 
 from mmstabvim.stability.inputs import check_finite, real_dtype
 
@@ -141,61 +139,6 @@ def conv_norm_bound(taps: Tensor, points: int | None = None) -> Tensor:
     return bound.to(real_dtype(taps))
 
 
-def circular_conv_norm(taps: Tensor, length: int) -> Tensor:
-    """Norm of a depthwise convolution of a sequence closed to a circle.
-
-    Exact for that operator. The causal convolution of as many tokens, with
-    zeros outside, may lie above or below.
-
-    Args:
-        taps (Tensor): (..., q), real, the kernel of each channel.
-        length (int): Length of the sequence, tokens.
-
-    Returns:
-        Tensor: (...), >= 0, unit of ``taps``, at least float32. Computed in
-        float64, differentiable with the frequency of the maximum held fixed.
-
-    Raises:
-        ValueError: If ``taps`` is empty, or ``length`` not positive.
-
-    Source: arXiv:1805.10408.
-    """
-    count = _count_taps(taps)
-    _check_length(length)
-    # a kernel longer than the circle meets itself
-    folded = F.pad(taps.double(), (0, -count % length))
-    folded = folded.unflatten(-1, (-1, length)).sum(-2)
-    response = torch.view_as_real(torch.fft.rfft(folded))
-    return _largest(response.square().sum(-1)).to(real_dtype(taps))
-
-
-def causal_conv_norm(taps: Tensor, length: int) -> Tensor:
-    """Norm of the causal depthwise convolution of a sequence, zeros outside.
-
-    Exact, from the singular values of the (length, length) matrix: to look
-    at, not for training.
-
-    Args:
-        taps (Tensor): (..., q), real, the kernel of each channel; the last
-            tap meets the current token, as in ``Conv1d`` padded by q - 1.
-        length (int): Length of the sequence, tokens.
-
-    Returns:
-        Tensor: (...), >= 0, unit of ``taps``, at least float32. Computed in
-        float64, differentiable.
-
-    Raises:
-        ValueError: If ``taps`` is empty, or ``length`` not positive.
-    """
-    count = _count_taps(taps)
-    _check_length(length)
-    token = torch.arange(length, device=taps.device)
-    lag = token[:, None] - token
-    inside = (lag >= 0) & (lag < count)
-    matrix = taps[..., (count - 1 - lag).clamp(0, count - 1)] * inside
-    return spectral_norm(matrix)
-
-
 def _count_taps(taps: Tensor) -> int:
     if taps.dim() < 1 or taps.shape[-1] == 0 or taps.is_complex():
         raise ValueError(
@@ -203,11 +146,6 @@ def _count_taps(taps: Tensor) -> int:
             f'{taps.dtype} {tuple(taps.shape)}'
         )
     return taps.shape[-1]
-
-
-def _check_length(length: int) -> None:
-    if length < 1:
-        raise ValueError(f'length must be at least 1, got {length}')
 
 
 def _largest(energy: Tensor) -> Tensor:
@@ -246,103 +184,3 @@ def overlap_factor(
     for k, s, d in zip(kernel_size, stride, dilation, strict=True):
         patches *= math.ceil(k * math.gcd(s, d) / s)
     return math.sqrt(patches)
-
-
-def conv_norm(
-    weight: Tensor,
-    size: Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Norm of a convolution on inputs of one size, zeros outside.
-
-    By the Lanczos iteration on the operator and its adjoint, converged to
-    rounding: to look at, not for training. The singular values of a
-    convolution lie so close that power iteration would take thousands of
-    steps.
-
-    Args:
-        weight (Tensor): (out_channels, in_channels / groups, *kernel), one or
-            two axes.
-        size (Sequence[int]): Of the input, along each axis.
-        stride (int | Sequence[int]): As of ``conv2d``. Defaults to 1.
-        padding (int | Sequence[int]): As of ``conv2d``. Defaults to 0.
-        dilation (int | Sequence[int]): As of ``conv2d``. Defaults to 1.
-        groups (int): As of ``conv2d``. Defaults to 1.
-
-    Returns:
-        Tensor: Scalar, >= 0, unit of ``weight``, at least float32, without
-        gradient. Computed in float64.
-
-    Raises:
-        ValueError: If ``weight`` has another number of axes than ``size``.
-    """
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    axes = weight.dim() - 2
-    if axes not in _CONVOLUTIONS or len(size) != axes:
-        raise ValueError(
-            'weight must be (out, in, *kernel) with one or two axes of '
-            f'kernel, as many as size, got {tuple(weight.shape)} and '
-            f'{tuple(size)}'
-        )
-    forward, adjoint = _CONVOLUTIONS[axes]
-    wide = weight.detach().double()
-    shape = (1, weight.shape[1] * groups, *size)
-    options = (stride, padding, dilation, groups)
-
-    def gram(x: np.ndarray) -> np.ndarray:
-        image = forward(
-            wide.new_tensor(x).reshape(shape), wide, None, *options
-        )
-        return adjoint(shape, wide, image, *options).flatten().cpu().numpy()
-
-    count = math.prod(shape)
-    if count == 1 or not bool(wide.any()):
-        squared = gram(np.ones(count))[0]
-    else:
-        start = start_vector(count, wide.cpu()).numpy()
-        operator = LinearOperator((count, count), gram, dtype=np.float64)
-        (squared,) = eigsh(operator, 1, v0=start, return_eigenvectors=False)
-    sigma = math.sqrt(max(float(squared), 0.0))
-    return wide.new_tensor(sigma).to(real_dtype(weight))
-
-
-_CONVOLUTIONS: dict[int, tuple[Callable, Callable]] = {
-    1: (F.conv1d, grad.conv1d_input),
-    2: (F.conv2d, grad.conv2d_input),
-}
-
-
-def circular_conv2d_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Norm of a convolution of an image closed to a torus, stride 1.
-
-    Exact for that operator; of the convolution with zeros outside an
-    estimate, not a bound.
-
-    Args:
-        weight (Tensor): (out_channels, in_channels, rows, columns), real.
-        size (Sequence[int]): Rows and columns of the image, at least those
-            of the kernel.
-
-    Returns:
-        Tensor: Scalar, >= 0, unit of ``weight``, at least float32. Computed
-        in float64, differentiable.
-
-    Raises:
-        ValueError: If the image is smaller than the kernel.
-
-    Source: arXiv:1805.10408.
-    """
-    if weight.dim() != 4 or any(
-        side < k for side, k in zip(size, weight.shape[2:], strict=True)
-    ):
-        raise ValueError(
-            'weight must be (out, in, rows, columns) with a kernel no larger '
-            f'than size, got {tuple(weight.shape)} and {tuple(size)}'
-        )
-    response = torch.fft.fft2(weight.double(), tuple(size))
-    norms = spectral_norm(response.permute(2, 3, 0, 1))
-    return norms.amax().to(real_dtype(weight))

@@ -19,7 +19,7 @@ from mmstabvim.stability import (
     srn_c,
     stable_rank,
 )
-from mmstabvim.stability.weights.kernel_descent import SphereObjective
+from mmstabvim.stability.weights.kernel_baselines import SphereObjective
 from mmstabvim.stability.weights.sphere import to_sphere
 
 W = detmat(5, 7)
