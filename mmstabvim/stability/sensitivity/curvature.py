@@ -11,9 +11,10 @@ from mmstabvim.stability.sensitivity.jacobian import (
     check_differentiable,
     check_parameters,
     difference_step,
+    differentiate_again,
     flat,
     moved,
-    second_derivatives,
+    plain_attention,
     unflat,
 )
 from mmstabvim.stability.sensitivity.lanczos import Extremes, lanczos_extremes
@@ -39,8 +40,8 @@ def hessian_product(
 
     Raises:
         ValueError: If ``method`` is unknown.
-        RuntimeError: For ``'double_backward'``, where an operation has no
-            second derivative.
+        SecondDerivativeError: For ``'double_backward'``, where an operation
+            has no second derivative.
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
     """
@@ -48,18 +49,16 @@ def hessian_product(
     parameters = check_parameters(parameters)
     if method == 'difference':
         return _difference_product(loss, parameters)
-    with torch.enable_grad(), second_derivatives():
-        slope = flat(_gradients(loss, parameters, create_graph=True))
+    with torch.enable_grad():
+        with plain_attention():
+            value = loss()
+        slope = flat(differentiate_again(value, parameters, create_graph=True))
     check_differentiable([slope])
 
     def product(v: Tensor) -> Tensor:
         if not slope.requires_grad:  # linear in the parameters
             return torch.zeros_like(v)
-        with second_derivatives():
-            rows = torch.autograd.grad(
-                slope, parameters, v, retain_graph=True, materialize_grads=True
-            )
-        return flat(rows)
+        return flat(differentiate_again(slope, parameters, v))
 
     return product
 
@@ -69,23 +68,16 @@ def _difference_product(
 ) -> Callable[[Tensor], Tensor]:
     def slope_at(step: Tensor) -> Tensor:
         with moved(parameters, unflat(step, parameters)), torch.enable_grad():
-            return flat(_gradients(loss, parameters))
+            gradients = torch.autograd.grad(
+                loss(), parameters, materialize_grads=True
+            )
+        return flat(gradients)
 
     def product(v: Tensor) -> Tensor:
         step = difference_step(parameters, v)
         return (slope_at(step * v) - slope_at(-step * v)) / (2 * step)
 
     return product
-
-
-def _gradients(
-    loss: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    create_graph: bool = False,
-) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(
-        loss(), parameters, create_graph=create_graph, materialize_grads=True
-    )
 
 
 def hessian_extremes(

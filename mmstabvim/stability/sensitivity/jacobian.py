@@ -6,7 +6,7 @@ and leave no gradients behind.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -190,40 +190,66 @@ def check_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:
     return parameters
 
 
-NO_DERIVATIVE = ('not implemented', 'no autograd formula', 'once_differ')
-"""Parts of PyTorch's messages where a derivative has none itself."""
+class SecondDerivativeError(RuntimeError):
+    """Error of a function that cannot be differentiated twice."""
 
 
-@contextmanager
-def second_derivatives() -> Iterator[None]:
-    """Compute what is differentiated twice.
+def plain_attention() -> AbstractContextManager[None]:
+    """Compute attention by plain operations.
 
-    Attention is computed by plain operations, as the fused ones have first
-    derivatives only.
+    The fused ones have first derivatives only.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def differentiate_again(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    vectors: Tensor | Sequence[Tensor] | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor, ...]:
+    """``torch.autograd.grad`` on the way to a second derivative.
+
+    Args:
+        outputs (Tensor or Sequence[Tensor]): Differentiated.
+        inputs (Tensor or Sequence[Tensor]): With respect to these.
+        vectors (Tensor or Sequence[Tensor], optional): Weights of the
+            outputs. Defaults to None, for a scalar.
+        create_graph (bool): Keep the graph of the result. Defaults to False.
+
+    Returns:
+        tuple[Tensor, ...]: One for each input, zeros where it is not used.
 
     Raises:
-        RuntimeError: Where an operation has no second derivative.
+        SecondDerivativeError: If PyTorch cannot compute it.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
+        return torch.autograd.grad(
+            outputs,
+            inputs,
+            vectors,
+            retain_graph=True,
+            create_graph=create_graph,
+            materialize_grads=True,
+        )
     except (RuntimeError, NotImplementedError) as error:
-        if not any(part in str(error) for part in NO_DERIVATIVE):
-            raise
-        raise RuntimeError(
-            "method='double_backward' meets an operation without a second "
-            f"derivative, use method='difference': {error}"
+        raise SecondDerivativeError(
+            "method='double_backward' cannot differentiate this function "
+            f"twice, use method='difference': {error}"
         ) from error
 
 
 def check_differentiable(tensors: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where a first derivative has no derivative itself.
+    """Check that first derivatives can be differentiated.
 
     PyTorch would leave out functions marked ``once_differentiable``, as no
     path through them leads back to an input.
 
     Args:
         tensors (Sequence[Tensor]): Results with ``create_graph=True``.
+
+    Raises:
+        SecondDerivativeError: If a function is marked so.
     """
     todo = {t.grad_fn for t in tensors}
     seen = set()
@@ -232,7 +258,7 @@ def check_differentiable(tensors: Sequence[Tensor]) -> None:
         if node is None or node in seen:
             continue
         if node.name().endswith(':Error'):
-            raise RuntimeError(
+            raise SecondDerivativeError(
                 "method='double_backward' meets a function marked "
                 "once_differentiable, use method='difference'"
             )
@@ -318,9 +344,9 @@ def largest_gain(
     check_choice('method', method, METHODS)
     arguments = check_parameters(arguments)
     if method == 'double_backward':
-        with second_derivatives():
+        with plain_attention():
             y = function()
-            forward = _exact_product(y, arguments)
+        forward = _exact_product(y, arguments)
     else:
         y = function()
         forward = _difference_product(function, arguments)
@@ -346,10 +372,7 @@ def _exact_product(
 ) -> Callable[[Tensor], Tensor]:
     """Products ``J v``: ``J^T w`` is linear in w, and J is its adjoint."""
     w = torch.zeros_like(y, requires_grad=True)
-    back = torch.autograd.grad(
-        y, arguments, w, create_graph=True, materialize_grads=True
-    )
-
+    back = differentiate_again(y, arguments, w, create_graph=True)
     check_differentiable(back)
     # what the output does not depend on has no graph
     used = [g.requires_grad for g in back]
@@ -357,8 +380,7 @@ def _exact_product(
     def product(v: Tensor) -> Tensor:
         parts = zip(back, unflat(v, arguments), used, strict=True)
         rows, vectors = zip(*[(g, u) for g, u, k in parts if k], strict=True)
-        with second_derivatives():
-            return torch.autograd.grad(rows, w, vectors, retain_graph=True)[0]
+        return differentiate_again(rows, w, vectors)[0]
 
     return product
 

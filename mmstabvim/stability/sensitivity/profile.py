@@ -19,6 +19,7 @@ from mmstabvim.stability.sensitivity.curvature import (
 from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     Estimates,
+    SecondDerivativeError,
     check_parameters,
     flat,
     input_jacobian,
@@ -240,11 +241,8 @@ def best_method(
     try:
         product = hessian_product(entropy, parameters, 'double_backward')
         product(flat([p.detach() for p in parameters]))
-    except RuntimeError as error:
-        memory = 'memory' in str(error)
-        if memory or "use method='difference'" in str(error):
-            return 'difference'
-        raise
+    except (SecondDerivativeError, torch.OutOfMemoryError):
+        return 'difference'
     return 'double_backward'
 
 
