@@ -309,6 +309,10 @@ def mode_gain(
 
     Returns:
         Tensor: In steps; infinite where the real part is not negative.
+
+    Example:
+        >>> mode_gain(torch.tensor([-2.0, 0.0]), torch.tensor(1.0), 'zoh')
+        tensor([0.5000,    inf])
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
     real_part, delta_max = torch.broadcast_tensors(real_part, delta_max)
@@ -380,6 +384,12 @@ def scan_ranges(
         driven has no negative real part.
 
     Source: induction over the tokens; see docs/ranges.md.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> found = scan_ranges(one[0], one[0], -one, one, one, one[0], 'zoh')
+        >>> found.state.item(), found.y.item()
+        (1.0, 2.0)
     """
     real, step = _real(A), delta[:, None]
     force = B * u[:, None]

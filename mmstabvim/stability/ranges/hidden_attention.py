@@ -79,6 +79,13 @@ def hidden_attention(
         ValueError: If a shape does not fit or ``b_disc`` is unknown.
 
     Source: arXiv:2403.01590 (there with D left out).
+
+    Example:
+        >>> one, A = torch.ones(1, 3, 1), torch.zeros(1, 1)
+        >>> hidden_attention(one, A, one[..., None], one[..., None])[0, 0]
+        tensor([[1., 0., 0.],
+                [1., 1., 0.],
+                [1., 1., 1.]])
     """
     parts = _chunks(delta, A, B, C, D, reverse, b_disc)
     return torch.cat(list(parts), dim=1)
@@ -114,6 +121,12 @@ def aggregate_attention(
 
     Raises:
         ValueError: As there, or if ``how`` is unknown.
+
+    Example:
+        >>> one, A = torch.ones(1, 2, 1), torch.zeros(1, 1)
+        >>> aggregate_attention(one, A, one[..., None], one[..., None])[0]
+        tensor([[1., 0.],
+                [1., 1.]])
     """
     check_choice('how', how, AGGREGATIONS)
     total: Tensor | float = 0.0
@@ -146,6 +159,12 @@ def attention_rollout(layers: Tensor) -> Tensor:
         ValueError: If the shape is wrong, or a value negative or not finite.
 
     Source: arXiv:2005.00928 (attention rollout).
+
+    Example:
+        >>> layer = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> attention_rollout(layer[None, None])[0]
+        tensor([[1.0000, 0.0000],
+                [0.3750, 0.6250]])
     """
     if layers.dim() != 4 or layers.shape[-1] != layers.shape[-2]:
         raise ValueError(

@@ -39,6 +39,11 @@ def attributions(
     Raises:
         ValueError: If ``method`` is unknown, ``steps`` not positive, or the
             output no logits of this batch.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> attributions(lambda x: x @ weight.T, torch.ones(1, 2))
+        tensor([[3., 4.]])
     """
     check_choice('method', method, ATTRIBUTIONS)
     if steps < 1:
@@ -94,6 +99,10 @@ def gaussian_changes(
 
     Returns:
         Tensor: (draws, batch, ...), dtype and device of ``x``.
+
+    Example:
+        >>> gaussian_changes(torch.zeros(2, 3), draws=4).shape
+        torch.Size([4, 2, 3])
     """
     if draws < 1 or not std >= 0:
         raise ValueError(
@@ -135,6 +144,11 @@ def attribution_instability(
             :func:`attributions`.
 
     Source: arXiv:2602.01136, Section 6.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> attribution_instability(lambda x: x @ weight.T, torch.ones(1, 2))
+        tensor([0.])
     """
     changes = gaussian_changes(x) if changes is None else changes
     if changes.shape[1:] != x.shape or len(changes) == 0:
@@ -177,6 +191,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
             finite, or if the sizes differ.
 
     Source: arXiv:1706.08500, Eq. 6.
+
+    Example:
+        >>> first = torch.tensor([[0.0], [2.0]])
+        >>> round(frechet_distance(first, first + 3).item(), 4)
+        9.0
     """
     for name, vectors in (('first', first), ('second', second)):
         if vectors.dim() < 2 or len(vectors) < 2:
@@ -219,6 +238,10 @@ def prepare_attributions(
 
     Raises:
         ValueError: If ``pool`` is given for anything but images.
+
+    Example:
+        >>> prepare_attributions(torch.ones(1, 1, 4, 4), pool=2, unit=True)
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     if pool is not None:
         if values.dim() != 4 or pool < 1:

@@ -44,6 +44,12 @@ def hessian_product(
             has no second derivative.
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> product = hessian_product(lambda: w.prod(), [w], 'double_backward')
+        >>> product(torch.tensor([3.0, 4.0]))
+        tensor([4., 3.])
     """
     check_choice('method', method, METHODS)
     parameters = check_parameters(parameters)
@@ -103,6 +109,12 @@ def hessian_extremes(
     Returns:
         Extremes: With their errors; exact up to rounding, and that of the
         differences, when ``steps`` reaches the number of parameters.
+
+    Example:
+        >>> w = torch.tensor([1.0, -2.0], requires_grad=True)
+        >>> ends = hessian_extremes(lambda: w.prod(), [w], 'double_backward')
+        >>> round(ends.smallest, 4), round(ends.largest, 4)
+        (-1.0, 1.0)
     """
     product = hessian_product(loss, parameters, method)
     like = flat([p.detach() for p in parameters])

@@ -46,6 +46,12 @@ def input_jacobian(
 
     Raises:
         ValueError: If the output is no logits of this batch.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> input_jacobian(lambda x: x @ weight.T, torch.zeros(1, 2))
+        tensor([[[1., 2.],
+                 [3., 4.]]])
     """
     x = x.detach().requires_grad_()
     logits = check_logits(function(x), x)
@@ -73,6 +79,11 @@ def singular_values(jacobian: Tensor) -> Tensor:
     Returns:
         Tensor: (..., min(classes, size)), descending. NaN where a Jacobian is
         not finite.
+
+    Example:
+        >>> jacobian = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 4.0, 0.0]]])
+        >>> singular_values(jacobian).float()
+        tensor([[4., 3.]])
     """
     wide = jacobian.double()
     finite = torch.isfinite(wide).flatten(-2).all(-1)[..., None]
@@ -102,6 +113,11 @@ def typical_gain(
         ValueError: If ``draws`` is below 2.
 
     Source: Hutchinson, "A stochastic estimator of the trace", 1989.
+
+    Example:
+        >>> gain = typical_gain(lambda x: x.sum(1, True), torch.zeros(1, 2))
+        >>> gain.values.item(), gain.errors.item()
+        (1.0, 0.0)
     """
     if draws < 2:
         raise ValueError(f'draws must be at least 2, got {draws}')
@@ -138,6 +154,13 @@ def parameter_jacobian(
 
     Returns:
         Tensor: (batch, classes, number of parameters), in the order given.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> x = torch.tensor([[3.0, 4.0]])
+        >>> parameter_jacobian(lambda x: x * w, x, [w])
+        tensor([[[3., 0.],
+                 [0., 4.]]])
     """
     parameters = check_parameters(parameters)
     blocks = []
@@ -168,6 +191,10 @@ def tangent_kernel(jacobian: Tensor) -> Tensor:
         Tensor: (batch * classes, batch * classes), float64.
 
     Source: arXiv:1806.07572.
+
+    Example:
+        >>> tangent_kernel(torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])).tolist()
+        [[9.0, 0.0], [0.0, 16.0]]
     """
     rows = jacobian.flatten(0, 1)
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
@@ -340,6 +367,12 @@ def largest_gain(
 
     Raises:
         ValueError: If ``method`` is unknown.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> square, _ = largest_gain(lambda: 3 * w, [w], 'double_backward')
+        >>> round(square, 4)
+        9.0
     """
     check_choice('method', method, METHODS)
     arguments = check_parameters(arguments)

@@ -13,6 +13,10 @@ class Extremes(NamedTuple):
     Within ``*_error`` of each estimate there is an eigenvalue, as far as the
     products are symmetric and exact. It need not be the extreme one; the
     estimates never lie outside the spectrum.
+
+    Example:
+        >>> Extremes(-3.0, 2.0, 0.0, 0.0).norm
+        3.0
     """
 
     smallest: float
@@ -60,6 +64,12 @@ def lanczos_extremes(
         ValueError: If ``steps`` is not positive or ``like`` no vector.
 
     Source: Parlett, The Symmetric Eigenvalue Problem, 1998, Chapter 13.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([-3.0, 1.0, 2.0]))
+        >>> ends = lanczos_extremes(lambda v: A @ v, torch.zeros(3))
+        >>> round(ends.smallest, 4), round(ends.largest, 4)
+        (-3.0, 2.0)
     """
     if steps < 1:
         raise ValueError(f'steps must be at least 1, got {steps}')

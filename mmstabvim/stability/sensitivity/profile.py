@@ -56,6 +56,12 @@ class SensitivityProfile:
             differences.
         method (str): How products were formed, ``'double_backward'`` or
             ``'difference'``.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> profile = SensitivityProfile(2 * one, 3 * one, 4.0, one, one, -one)
+        >>> profile.index(), profile.index(combine='sum')
+        (4.0, 10.0)
     """
 
     input_jacobian: Tensor
@@ -176,6 +182,14 @@ def sensitivity_profile(
         ValueError: If the batch is empty or an argument does not fit.
 
     Source: arXiv:2602.01136, Definition 4.1.
+
+    Example:
+        >>> w = torch.eye(2, requires_grad=True)
+        >>> profile = sensitivity_profile(
+        ...     lambda x: x @ w.T, torch.ones(1, 2), torch.tensor([0]), [w]
+        ... )
+        >>> round(profile.values()['input_jacobian'], 4), profile.method
+        (1.0, 'double_backward')
     """
     check_choice('method', method, PROFILE_METHODS)
     check_choice('loss', loss, LOSSES)
@@ -343,6 +357,14 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
     Args:
         model (nn.Module): Any.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with evaluated(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

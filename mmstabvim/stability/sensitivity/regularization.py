@@ -49,6 +49,14 @@ def jacobian_penalty(
         ValueError: If ``method`` is unknown.
 
     Source: arXiv:1908.02729, Eq. 9 (``'double_backward'``).
+
+    Example:
+        >>> def penalty(scale):
+        ...     seeded = dict(generator=torch.Generator().manual_seed(0))
+        ...     return jacobian_penalty(scale.mul, torch.ones(1, 4), **seeded)
+        >>> ratio = penalty(torch.tensor(3.0)) / penalty(torch.tensor(1.0))
+        >>> round(ratio.item(), 2)
+        9.0
     """
     check_choice('method', method, METHODS)
     x = x.detach()
@@ -94,6 +102,11 @@ def entropy_penalty(
 
     Raises:
         ValueError: If ``method`` is unknown or there are no logits.
+
+    Example:
+        >>> rank_one, x = torch.ones(2, 2), torch.ones(1, 2)
+        >>> round(entropy_penalty(lambda x: x @ rank_one, x).item(), 4)
+        0.6931
     """
     check_choice('method', method, METHODS)
     if method == 'double_backward':

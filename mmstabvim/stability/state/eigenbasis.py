@@ -35,6 +35,11 @@ class Eigenbasis(NamedTuple):
     """Eigendecomposition ``A = X diag(lambda) X^-1`` of each matrix.
 
     Every number is of ``A`` itself; nothing is perturbed.
+
+    Example:
+        >>> A = torch.tensor([[-1.0, 1e6], [0.0, -2.0]])
+        >>> KINDS[decompose(A).kind()]
+        'complex128'
     """
 
     eigenvalues: Tensor
@@ -258,6 +263,13 @@ def matrix_exponential_scan(
 
     Source: arXiv:2312.00752, Eq. 2 and 4; the augmented matrix for ``'zoh'``
     is Van Loan, IEEE TAC 23(3), 1978.
+
+    Example:
+        >>> one = torch.ones(1, 3, 1)
+        >>> A = torch.zeros(1, 1, 1)
+        >>> y, last = matrix_exponential_scan(one, one, A, one, one)
+        >>> y.flatten(), last.item()
+        (tensor([1., 2., 3.]), 3.0)
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
     _check_scan(u, delta, A, B, C, D)

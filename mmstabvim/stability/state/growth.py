@@ -121,7 +121,7 @@ def state_gain_bound(
 
     Example:
         >>> one = torch.ones(())
-        >>> state_gain_bound(one, -0.01 * one, one, math.inf).round().item()
+        >>> state_gain_bound(one, -0.01 * one, one, torch.inf).round().item()
         101.0
     """
     stable = abscissa < 0

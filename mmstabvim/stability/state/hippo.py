@@ -54,6 +54,11 @@ def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
         ValueError: If the size is not positive.
 
     Source: arXiv:2008.07669, Theorem 2; arXiv:2111.00396, Eq. 2.
+
+    Example:
+        >>> A, B = hippo_legs(2)
+        >>> A.diagonal().tolist(), [round(b, 4) for b in B.tolist()]
+        ([-1.0, -2.0], [1.0, 1.7321])
     """
     _check_positive('size', size)
     n = torch.arange(size, dtype=torch.float64)
@@ -79,6 +84,10 @@ def legs_normal_form(size: int) -> NormalForm:
         ValueError: If the size is not positive and even.
 
     Source: arXiv:2111.00396, Sec. 3.1 and Appendix C.
+
+    Example:
+        >>> legs_normal_form(2).frequencies
+        tensor([0.8660], dtype=torch.float64)
     """
     if size < 2 or size % 2:
         raise ValueError(f'size must be positive and even, got {size!r}')
@@ -116,6 +125,10 @@ def hippo_condition(size: int) -> float:
         ValueError: If the size is out of range.
 
     Source: Abramowitz and Stegun, 22.3 and 22.20 for the polynomials.
+
+    Example:
+        >>> round(hippo_condition(2), 4), f'{hippo_condition(32):.2e}'
+        (3.7321, '1.22e+23')
     """
     _check_positive('size', size)
     if size > 200:
@@ -146,6 +159,10 @@ def hippo_response(size: int, omega: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the size is not positive.
+
+    Example:
+        >>> hippo_response(2, torch.zeros(1)).real.tolist()
+        [[1.0, 0.0]]
     """
     _check_positive('size', size)
     s = 1j * omega.double()[:, None]
@@ -166,6 +183,12 @@ def state_response(A: Tensor, B: Tensor, omega: Tensor) -> Tensor:
 
     Returns:
         Tensor: (frequencies, N), complex128, on the device of ``A``.
+
+    Example:
+        >>> A, B = torch.tensor([[-2.0]]), torch.ones(1)
+        >>> state_response(A, B, torch.tensor([0.0, 2.0])).abs().float()
+        tensor([[0.5000],
+                [0.3536]])
     """
     A, B = A.to(torch.complex128), B.to(torch.complex128)
     s = 1j * omega.to(A.device, torch.float64)
@@ -184,6 +207,10 @@ def s4d_real(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
         Tensor: (N,), 1/step.
 
     Source: arXiv:2206.11893, Sec. 4.
+
+    Example:
+        >>> s4d_real(3).tolist()
+        [-1.0, -2.0, -3.0]
     """
     return -torch.arange(1, size + 1, dtype=dtype)
 
@@ -199,6 +226,10 @@ def s4d_lin(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
         Tensor: (pairs,), complex, 1/step.
 
     Source: arXiv:2206.11893, Eq. 9.
+
+    Example:
+        >>> s4d_lin(2, torch.float32)
+        tensor([-0.5000+0.0000j, -0.5000+3.1416j])
     """
     n = torch.arange(pairs, dtype=dtype)
     return _pairs(math.pi * n)
@@ -215,6 +246,10 @@ def s4d_inv(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
         Tensor: (pairs,), complex, 1/step, descending imaginary parts.
 
     Source: arXiv:2206.11893, Eq. 8.
+
+    Example:
+        >>> s4d_inv(2, torch.float32)
+        tensor([-0.5000+3.8197j, -0.5000+0.4244j])
     """
     n, size = torch.arange(pairs, dtype=dtype), 2 * pairs
     return _pairs(size / math.pi * (size / (2 * n + 1) - 1))
@@ -231,6 +266,10 @@ def s4d_legs(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
         Tensor: (pairs,), complex, 1/step, descending imaginary parts.
 
     Source: arXiv:2206.11893, Eq. 7; arXiv:2203.14343.
+
+    Example:
+        >>> s4d_legs(1, torch.float32)
+        tensor([-0.5000+0.8660j])
     """
     return _pairs(legs_normal_form(2 * pairs).frequencies.to(dtype))
 
@@ -246,6 +285,10 @@ def s4d_legs_input(pairs: int) -> Tensor:
         positive, float64.
 
     Source: arXiv:2206.11893, Theorem 3 (why half).
+
+    Example:
+        >>> round(s4d_legs_input(1).item(), 4)
+        0.7071
     """
     # B = sqrt(2) P, and a unit vector is half of two rotated axes each
     return legs_normal_form(2 * pairs).rank_one[::2] / 2

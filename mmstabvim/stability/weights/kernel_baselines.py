@@ -47,6 +47,10 @@ def rank_one_kernel(kernels: Tensor, size: Size) -> Tensor:
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Eq. 6.
+
+    Example:
+        >>> rank_one_kernel(torch.tensor([1.0, -2.0]), size=4).float()
+        tensor([ 1., -1.])
     """
     shape = check_kernels(kernels, size)
     flat = kernels.double().flatten(-len(shape))
@@ -80,6 +84,11 @@ def srn_c(kernels: Tensor, size: Size, rank: float) -> Tensor:
 
     Source: Tanay et al., arXiv:2010.05099, as restated in Zheng et al.,
     Analysis of the Stable Rank Normalization for Convolutional Kernels, Eq. 5.
+
+    Example:
+        >>> kernel = srn_c(torch.tensor([1.0, -2.0, 0.5]), size=8, rank=4.0)
+        >>> round(kernel_stable_rank(kernel, 8).item(), 4)  # not 4
+        4.2251
     """
     if not rank >= 1:
         raise ValueError(f'rank must be at least 1, got {rank}')
@@ -209,6 +218,12 @@ def sphere_descent(
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Eq. 16 to 19.
+
+    Example:
+        >>> kernel = torch.tensor([1.0, -2.0, 0.5])
+        >>> found = sphere_descent(kernel, 8, rank=4.0, step=0.01, steps=500)
+        >>> round(found.stable_rank.item(), 2)  # not 4
+        3.76
     """
     if not (step > 0 and steps >= 0):
         raise ValueError(

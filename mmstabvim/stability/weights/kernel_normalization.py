@@ -98,6 +98,12 @@ def normalize_kernel_stable_rank(
 
     Source: the problem is Eq. 7 of Zheng et al., Analysis of the Stable Rank
     Normalization for Convolutional Kernels.
+
+    Example:
+        >>> kernel = torch.tensor([1.0, -2.0, 0.5])
+        >>> changed = normalize_kernel_stable_rank(kernel, size=8, rank=3.0)
+        >>> round(kernel_stable_rank(changed, 8).item(), 4)
+        3.0
     """
     check_choice('mode', mode, MODES)
     check_choice('solver', solver, SOLVERS)

@@ -64,6 +64,10 @@ def squared_gains(kernels: Tensor, size: Size) -> Tensor:
 
     Raises:
         ValueError: As :func:`check_kernels`.
+
+    Example:
+        >>> squared_gains(torch.tensor([1.0, 1.0]), size=4).float()
+        tensor([4., 2., 0.])
     """
     shape = check_kernels(kernels, size)
     axes = tuple(range(-len(shape), 0))
@@ -93,6 +97,10 @@ def kernel_stable_rank(
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Eq. 9.
+
+    Example:
+        >>> kernel_stable_rank(torch.tensor([1.0, 1.0]), size=4)
+        tensor(2.)
     """
     check_choice('granularity', granularity, GRANULARITIES)
     shape = check_kernels(kernels, size)
@@ -123,6 +131,10 @@ def causal_stable_rank(kernels: Tensor, length: int) -> Tensor:
 
     Raises:
         ValueError: As :func:`check_kernels`.
+
+    Example:
+        >>> causal_stable_rank(torch.tensor([0.0, 2.0]), length=4)
+        tensor(4.)
     """
     check_kernels(kernels, length)
     taps = kernels.double().flip(-1)  # by lag
@@ -215,6 +227,11 @@ def frequency_planes(
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Sec. 3.1.
+
+    Example:
+        >>> planes = frequency_planes((2,), (4,))
+        >>> planes.gains(torch.ones(2).double()).float()
+        tensor([4., 2., 0.])
     """
     angle = phases(taps, size, half=True)
     wave = torch.polar(torch.ones_like(angle), angle)

@@ -48,6 +48,11 @@ def find_layers(
     Raises:
         ValueError: If there is no pattern, or one matches no such layer; near
             names are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> list(find_layers(model, ['*']))
+        ['0', '2']
     """
     if isinstance(patterns, str) or not patterns:
         raise ValueError(
@@ -211,6 +216,12 @@ def layer_norms(layers: Mapping[str, nn.Module]) -> dict[str, float]:
     Raises:
         TypeError: If a layer is neither linear nor a convolution.
         ValueError: If a weight is not finite.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.init.constant_(layer.weight, 0.5)
+        >>> layer_norms({'head': layer})
+        {'head': 1.0}
     """
     norms: dict[str, float] = {}
     for group in group_layers(layers):

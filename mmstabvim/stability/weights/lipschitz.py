@@ -44,6 +44,11 @@ def scan_gain_bound(
 
     Source: the geometric series of ``h <- exp(delta A) h + B u`` with Young's
     inequality for convolutions.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> scan_gain_bound(-2 * one, one[0], one, one, b_disc='zoh')
+        tensor([0.5000])
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
     if A.is_complex() or not bool((A < 0).all()):
@@ -89,6 +94,12 @@ def local_jacobian_norm(
     Raises:
         ValueError: If ``steps`` is not positive, ``method`` unknown, or the
             output has another batch size.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([1.0, 3.0]))
+        >>> norm = local_jacobian_norm(lambda x: x @ weight, torch.ones(1, 2))
+        >>> round(norm.item(), 4)
+        3.0
     """
     check_choice('method', method, JACOBIANS)
     if steps < 1:

@@ -33,6 +33,10 @@ def spectral_norm(W: Tensor) -> Tensor:
         ValueError: If ``W`` is no matrix, or not finite.
 
     Source: arXiv:1802.05957, Eq. 6.
+
+    Example:
+        >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        tensor(2.)
     """
     if W.dim() < 2 or 0 in W.shape[-2:]:
         raise ValueError(
@@ -74,6 +78,12 @@ def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> SingularTriple:
         ValueError: If ``u`` does not fit, or ``steps`` is not positive.
 
     Source: arXiv:1802.05957, Algorithm 1.
+
+    Example:
+        >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> found = power_iteration(W, torch.tensor([0.6, 0.8]), steps=20)
+        >>> round(found.sigma.item(), 4)
+        3.0
     """
     if u.shape != W.shape[:-1]:
         raise ValueError(
@@ -121,6 +131,10 @@ def conv_norm_bound(taps: Tensor, points: int | None = None) -> Tensor:
         ValueError: If ``taps`` is empty, or ``points`` too small.
 
     Source: Ehlich and Zeller, Math. Zeitschrift 86 (1964) 41-44.
+
+    Example:
+        >>> conv_norm_bound(torch.tensor([[2.0], [-3.0]]))
+        tensor([2., 3.])
     """
     count = _count_taps(taps)
     points = 64 * count if points is None else points
@@ -178,6 +192,10 @@ def overlap_factor(
 
     Returns:
         float: At least 1.
+
+    Example:
+        >>> overlap_factor([2, 2], [2, 2]), overlap_factor([2, 2], [1, 1])
+        (1.0, 2.0)
     """
     patches = 1
     dilation = dilation or [1] * len(kernel_size)

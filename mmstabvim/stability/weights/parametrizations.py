@@ -216,6 +216,14 @@ def parametrize_norm(
         TypeError: If the layer is neither linear nor a convolution.
         ValueError: If an argument is out of range, the weight is parametrized
             already, or zero where it is to be divided by its norm.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.init.eye_(layer.weight)
+        >>> parametrize_norm(layer, 'bound', max_norm=0.5)
+        >>> layer.weight.detach()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
     check_choice('rule', rule, PARAMETRIZED_RULES)
     if max_norm is not None and not max_norm > 0:

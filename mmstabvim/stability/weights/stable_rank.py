@@ -25,6 +25,10 @@ def stable_rank(W: Tensor) -> Tensor:
         ValueError: If ``W`` is no real matrix or not finite.
 
     Source: arXiv:1906.04659, Eq. 2.
+
+    Example:
+        >>> stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0])))
+        tensor(1.5000)
     """
     wide = _double('W', W)
     norm = torch.linalg.matrix_norm(wide, 2)
@@ -69,6 +73,11 @@ def normalize_stable_rank(
             stable rank than ``rank``.
 
     Source: arXiv:1906.04659, Theorem 1.
+
+    Example:
+        >>> W = torch.diag(torch.tensor([2.0, 2.0]))
+        >>> stable_rank(normalize_stable_rank(W, 1.25))
+        tensor(1.2500)
     """
     _check_target(rank)
     wide = _double('W', W)
