@@ -1,4 +1,4 @@
-"""Eigenvalues of a loss's Hessian, from its products with vectors."""
+"""Eigenvalues of the Hessian of a loss, from products with vectors."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,18 +25,20 @@ def hessian_product(
     parameters: Sequence[Tensor],
     method: str = 'difference',
 ) -> Callable[[Tensor], Tensor]:
-    """Make a function that multiplies a loss's Hessian with vectors.
+    """Make a function that multiplies the Hessian of a loss with vectors.
 
     Args:
-        loss (Callable): Takes nothing, reads the parameters, gives a scalar.
+        loss (Callable): Takes nothing, reads the parameters, returns a
+            scalar.
         parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
-        method (str): ``'difference'``, central differences of gradients,
-            which any scan allows, but which take a kink (ReLU) within their
-            step for curvature; ``'double_backward'``, exact, where every
+        method (str): ``'difference'`` takes central differences of gradients.
+            Every scan allows them, but a kink (ReLU) within their step counts
+            as curvature. ``'double_backward'`` is exact, where every
             operation has a second derivative. Defaults to ``'difference'``.
 
     Returns:
-        Callable: Maps (number of parameters,) to the same, no gradient.
+        Callable: Maps a vector (number of parameters,) to its product, same
+        shape, without gradient.
 
     Raises:
         ValueError: If ``method`` is unknown.
@@ -93,22 +95,25 @@ def hessian_extremes(
     steps: int = 20,
     seed: int = 0,
 ) -> Extremes:
-    """Smallest and largest eigenvalue of a loss's Hessian.
+    """Smallest and largest eigenvalue of the Hessian of a loss.
 
     The spectral norm is the larger of their absolute values, which often
     belongs to the negative end.
 
     Args:
-        loss (Callable): As for :func:`hessian_product`.
+        loss (Callable): Takes nothing, reads the parameters, returns a
+            scalar.
         parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
-        method (str): As for :func:`hessian_product`.
+        method (str): ``'difference'`` or ``'double_backward'``, see
+            :func:`hessian_product`. Defaults to ``'difference'``.
         steps (int): Products, >= 1: two gradients each, or one backward pass
-            through the first. Defaults to 20.
-        seed (int): Of the random start. Defaults to 0.
+            through the first gradient. Defaults to 20.
+        seed (int): Seed of the random start. Defaults to 0.
 
     Returns:
-        Extremes: With their errors; exact up to rounding, and that of the
-        differences, when ``steps`` reaches the number of parameters.
+        Extremes: Both ends with their errors. They are exact, up to rounding
+        and the error of differences, when ``steps`` reaches the number of
+        parameters.
 
     Example:
         >>> w = torch.tensor([1.0, -2.0], requires_grad=True)

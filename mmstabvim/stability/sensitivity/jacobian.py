@@ -22,7 +22,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Estimates(NamedTuple):
-    """A number per sample, and how wrong each may be (0 where exact)."""
+    """A number per sample and its error (0 where exact)."""
 
     values: Tensor
     errors: Tensor
@@ -38,8 +38,8 @@ def input_jacobian(
         function (Callable): Maps (batch, ...) to logits (batch, classes),
             each sample by itself.
         x (Tensor): (batch, ...).
-        classes (Tensor, optional): (batch, k), integers: rows to compute, as
-            from ``logits.topk(k).indices``. Defaults to None, all.
+        classes (Tensor, optional): (batch, k), integers, rows to compute,
+            for example ``logits.topk(k).indices``. Defaults to None, all.
 
     Returns:
         Tensor: (batch, classes or k, size of a sample), without gradient.
@@ -68,10 +68,10 @@ def input_jacobian(
 
 
 def singular_values(jacobian: Tensor) -> Tensor:
-    """Singular values of Jacobians (batch, classes, size), in float64.
+    """Singular values of Jacobians, in float64.
 
-    From the matrices themselves: their products with the transpose would lose
-    values below 1e-8 of the largest.
+    They come from the matrices themselves: a product with the transpose would
+    lose values below 1e-8 of the largest.
 
     Args:
         jacobian (Tensor): (..., classes, size).
@@ -94,17 +94,19 @@ def singular_values(jacobian: Tensor) -> Tensor:
 def typical_gain(
     function: Function, x: Tensor, draws: int = 16, seed: int = 0
 ) -> Estimates:
-    """Estimate ``||J||_F**2 / d``, the mean square gain of random changes.
+    """Estimate ``||J||_F**2 / d``, the mean square gain of perturbations.
 
-    A change drawn evenly from the sphere of radius ``epsilon`` moves the
-    logits by ``epsilon**2 ||J||_F**2 / d`` in the mean square, to first order.
+    A perturbation drawn uniformly from the sphere of radius ``epsilon`` moves
+    the logits by ``epsilon**2 ||J||_F**2 / d`` in the mean square, to first
+    order.
 
     Args:
-        function (Callable): As for :func:`input_jacobian`.
+        function (Callable): Maps (batch, ...) to logits (batch, classes),
+            each sample by itself.
         x (Tensor): (batch, ...).
         draws (int): Random signs of the classes, a backward pass each, >= 2.
             Defaults to 16.
-        seed (int): Defaults to 0.
+        seed (int): Seed of the generator. Defaults to 0.
 
     Returns:
         Estimates: Unbiased means and their standard errors, (batch,) each.
@@ -147,8 +149,8 @@ def parameter_jacobian(
     """Jacobian of logits with respect to parameters, a pass per row.
 
     Args:
-        function (Callable): As for :func:`input_jacobian`; it reads the
-            parameters.
+        function (Callable): Maps (batch, ...) to logits (batch, classes),
+            each sample by itself; reads the parameters.
         x (Tensor): (batch, ...).
         parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
 
@@ -164,7 +166,7 @@ def parameter_jacobian(
     """
     parameters = check_parameters(parameters)
     blocks = []
-    for sample in x.detach().split(1):
+    for sample in torch.split(x.detach(), 1):
         logits = check_logits(function(sample), sample)[0]
         rows = [
             flat(
@@ -182,7 +184,7 @@ def parameter_jacobian(
 
 
 def tangent_kernel(jacobian: Tensor) -> Tensor:
-    """Gram matrix of logits' parameter gradients (neural tangent kernel).
+    """Gram matrix of the logits' parameter gradients, the tangent kernel.
 
     Args:
         jacobian (Tensor): (batch, classes, parameters).
@@ -199,13 +201,13 @@ def tangent_kernel(jacobian: Tensor) -> Tensor:
     rows = jacobian.flatten(0, 1)
     gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
     # in parts, so that the copy in float64 stays small
-    for part in rows.split(1 << 18, dim=1):
+    for part in torch.split(rows, 1 << 18, dim=1):
         gram += part.double() @ part.double().mT
     return gram
 
 
 def check_parameters(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Raise ValueError unless these are leaves that can have gradients."""
+    """Raise ValueError unless all are leaves with ``requires_grad``."""
     parameters = list(parameters)
     if not parameters or not all(
         p.is_leaf and p.requires_grad for p in parameters
@@ -294,13 +296,13 @@ def check_differentiable(tensors: Sequence[Tensor]) -> None:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All values in one vector."""
+    """Concatenate all values in one vector."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Undo :func:`flat`."""
-    parts = vector.split([t.numel() for t in like])
+    parts = torch.split(vector, [t.numel() for t in like])
     return [
         part.reshape(t.shape).to(t)
         for part, t in zip(parts, like, strict=True)
@@ -309,7 +311,7 @@ def unflat(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def moved(tensors: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
-    """Add to tensors for a while; bit by bit the same afterwards."""
+    """Add to tensors within a context, and restore them bit by bit."""
     # through .data: a graph that holds the tensors stays usable
     before = [t.data.clone() for t in tensors]
     try:
@@ -325,10 +327,10 @@ def difference_step(tensors: Sequence[Tensor], direction: Tensor) -> float:
     """Step of a central difference along a direction.
 
     Its length is 3e-4 (float64) or 3e-3 (float32) of the root mean square of
-    where it starts. A share of the norm would be too long where there are
-    many parameters: of a Vision Mamba's digits classifier 1e-3 of it gives
-    nearly eight times the largest eigenvalue of a Hessian, this rule 0.01 %
-    more than a tenth of the step in double precision.
+    the tensors. A fraction of their norm would be too long for many
+    parameters: for a digits classifier, 1e-3 of the norm overestimates the
+    largest eigenvalue of a Hessian nearly eightfold, whereas this rule
+    differs by 0.01 % from a tenth of the step in double precision.
     """
     relative = 3e-4 if direction.dtype == torch.float64 else 3e-3
     start = flat([t.detach() for t in tensors])
@@ -347,23 +349,23 @@ def largest_gain(
     steps: int = 20,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Largest squared singular value of a Jacobian that is never formed.
+    """Largest squared singular value of a Jacobian, without forming it.
 
-    By Lanczos' method on the side of the outputs: each step takes a backward
-    pass and either two forward passes or a second backward pass.
+    Lanczos' method runs on the side of the outputs. Each step takes a
+    backward pass and either two forward passes or a second backward pass.
 
     Args:
         function (Callable): Takes nothing, reads ``arguments``.
         arguments (Sequence[Tensor]): Leaves with ``requires_grad``.
-        method (str): ``'difference'``, central differences, which any scan
-            allows; ``'double_backward'``, exact products. Defaults to
+        method (str): ``'difference'`` takes central differences, which every
+            scan allows; ``'double_backward'`` exact products. Defaults to
             ``'difference'``.
         steps (int): Products, >= 1. Defaults to 20.
-        seed (int): Of the random start. Defaults to 0.
+        seed (int): Seed of the random start. Defaults to 0.
 
     Returns:
-        tuple[float, float]: Estimate from below and its error: within it lies
-        a squared singular value, up to the error of the differences.
+        tuple[float, float]: Estimate from below and its error. Within the
+        error lies a squared singular value, up to the error of differences.
 
     Raises:
         ValueError: If ``method`` is unknown.
@@ -403,11 +405,11 @@ def largest_gain(
 def _exact_product(
     y: Tensor, arguments: Sequence[Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """Products ``J v``: ``J^T w`` is linear in w, and J is its adjoint."""
+    """Make products ``J v`` from the adjoint of ``w -> J^T w``."""
     w = torch.zeros_like(y, requires_grad=True)
     back = differentiate_again(y, arguments, w, create_graph=True)
     check_differentiable(back)
-    # what the output does not depend on has no graph
+    # arguments that the output does not depend on have no graph
     used = [g.requires_grad for g in back]
 
     def product(v: Tensor) -> Tensor:
@@ -421,7 +423,7 @@ def _exact_product(
 def _difference_product(
     function: Callable[[], Tensor], arguments: Sequence[Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """Products ``J v`` by central differences."""
+    """Make products ``J v`` by central differences."""
 
     @torch.no_grad()
     def product(v: Tensor) -> Tensor:

@@ -64,9 +64,8 @@ def fit_block_low_rank(
     with torch.no_grad():
         target = dense('A', A)
         U, V = _start(target, rank, start)
-        mask = torch.block_diag(
-            *torch.ones(size // block_size, block_size, block_size)
-        ).bool()
+        ones = torch.ones(block_size, block_size)
+        mask = torch.kron(torch.eye(size // block_size), ones).bool()
         norm = torch.linalg.matrix_norm(target)
         diagonal = torch.where(mask, target - U @ V.mT, 0.0)
         before = torch.full_like(norm, torch.inf)
@@ -114,8 +113,8 @@ def _low_rank(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _blocks(A: Tensor, block_size: int) -> Tensor:
     """Diagonal blocks, (..., N / b, b, b)."""
-    split = A.unflatten(-1, (-1, block_size))
-    split = split.unflatten(-3, (-1, block_size))  # (..., K, b, K, b)
+    split = torch.unflatten(A, -1, (-1, block_size))
+    split = torch.unflatten(split, -3, (-1, block_size))  # (..., K, b, K, b)
     return split.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).contiguous()
 
 
@@ -127,4 +126,5 @@ def _fixed_noise(size: int, like: Tensor) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    return (noise / torch.linalg.matrix_norm(noise, 2)).to(like.dtype)
+    norm: Tensor = torch.linalg.matrix_norm(noise, 2)
+    return (noise / norm).to(like.dtype)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -65,7 +65,8 @@ def straight_through(x: Tensor, clamped: Tensor) -> Tensor:
             f'clamped must be as x, {tuple(x.shape)} {x.dtype}, got '
             f'{tuple(clamped.shape)} {clamped.dtype}'
         )
-    return _StraightThrough.apply(x, clamped.detach())
+    through = cast(Any, _StraightThrough).apply(x, clamped.detach())
+    return cast(Tensor, through)
 
 
 def clamp_real_part(
@@ -237,7 +238,8 @@ def _check_bounds(eps: float, lambda_max: float | None) -> None:
 
 def _tolerance(A: Tensor, eps: float, slack: float) -> Tensor:
     """Excess of a real part that is let through, (...)."""
-    return slack * torch.linalg.matrix_norm(A.detach()).clamp(min=eps)
+    norm: Tensor = torch.linalg.matrix_norm(A.detach())
+    return slack * norm.clamp(min=eps)
 
 
 def _clamp_by_shift(A: Tensor, eps: float, slack: float) -> Tensor:
@@ -290,12 +292,12 @@ def _usable_basis(
         return A.new_zeros(len(A), dtype=torch.bool)
     values, vectors = torch.linalg.eig(A)
     condition = condition_number(vectors)
-    norm = torch.linalg.matrix_norm(A)
+    norm: Tensor = torch.linalg.matrix_norm(A)
     good = (condition <= kappa_max) & (eigenvalue_gap(values) > 1e-10 * norm)
     # a singular basis has no change to look at
     vectors = torch.where(good[:, None, None], vectors, torch.eye(A.shape[-1]))
-    unreal = _eig_change(values, vectors, change).imag
-    unreal = torch.linalg.matrix_norm(unreal)
+    imaginary = _eig_change(values, vectors, change).imag
+    unreal: Tensor = torch.linalg.matrix_norm(imaginary)
     return good & (unreal <= 1e-6 * condition * norm)
 
 
@@ -304,7 +306,8 @@ def _eig_change(
 ) -> Tensor:
     """``X diag(change(Re lambda)) X^-1``, complex."""
     scaled = vectors * change(values.real)[:, None]
-    return torch.linalg.solve(vectors, scaled, left=False)
+    changed: Tensor = torch.linalg.solve(vectors, scaled, left=False)
+    return changed
 
 
 def _schur_change(A: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:

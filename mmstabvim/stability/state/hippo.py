@@ -1,4 +1,4 @@
-"""HiPPO-LegS, and the diagonal initializations that come from it.
+"""HiPPO-LegS and the diagonal initializations derived from it.
 
 Everything is computed in float64 unless said otherwise.
 """
@@ -26,9 +26,9 @@ class NormalForm(NamedTuple):
     def normal(self) -> Tensor:
         """(N, N), the blocks of frequencies, 1/step."""
         w = self.frequencies
-        half = torch.full_like(w, -0.5)
-        rows = torch.stack([half, w, -w, half], -1).unflatten(-1, (2, 2))
-        return torch.block_diag(*rows)
+        above = torch.stack([w, torch.zeros_like(w)], -1).flatten()
+        upper = torch.diag(above[:-1], 1)
+        return upper - upper.mT - torch.eye(len(upper), dtype=w.dtype) / 2
 
     @property
     def dense(self) -> Tensor:
@@ -37,11 +37,11 @@ class NormalForm(NamedTuple):
 
 
 def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
-    """The matrices A and B of HiPPO-LegS.
+    """Matrices A and B of HiPPO-LegS.
 
-    Their states are the coefficients of the exponentially faded past in
+    The states are the coefficients of the exponentially faded past in
     Legendre polynomials. The eigenvalues of A are -1, ..., -N, its numerical
-    abscissa is -1/2 (N > 1), and its eigenvectors are all but dependent: see
+    abscissa is -1/2 (N > 1), and its eigenvectors are nearly dependent: see
     :func:`hippo_condition`.
 
     Args:
@@ -72,7 +72,7 @@ def legs_normal_form(size: int) -> NormalForm:
 
     ``A + P P^T`` with ``P_n = sqrt(n + 1/2)`` is -1/2 plus a skew-symmetric
     matrix, so a rotation makes it block-diagonal. The free angle of each
-    block is chosen such that the result is unique.
+    block is fixed such that the result is unique.
 
     Args:
         size (int): N, positive and even.
@@ -109,11 +109,11 @@ def legs_normal_form(size: int) -> NormalForm:
 def hippo_condition(size: int) -> float:
     """Condition number of the unit eigenvectors of HiPPO-LegS.
 
-    About 5.8 times larger with every state. The eigenvectors hold the
-    coefficients of shifted Legendre polynomials and their inverse those of
-    monomials, which are known exactly: so float64 gives both norms to 12
-    digits, whereas from LAPACK's eigenvectors follows 6e18 instead of
-    1.2e23 for N = 32.
+    It grows about 5.8 times with every state. The eigenvectors hold the
+    coefficients of shifted Legendre polynomials, and their inverse those of
+    monomials. Both are known exactly, so float64 gives both norms to 12
+    digits. LAPACK's eigenvectors would give 6e18 instead of 1.2e23 for N =
+    32.
 
     Args:
         size (int): N, from 1 to 200 (larger ones overflow).
@@ -144,11 +144,11 @@ def hippo_condition(size: int) -> float:
 
 
 def hippo_response(size: int, omega: Tensor) -> Tensor:
-    """``(i omega - A)^-1 B`` of HiPPO-LegS, from a product formula.
+    """Response ``(i omega - A)^-1 B`` of HiPPO-LegS, in closed form.
 
-    Entry n is ``sqrt(2n+1) prod_{k<n} (s-k) / prod_{k<=n+1} (s+k)`` with k
-    from 0 above, from 1 below, and s = i omega. The norm of the whole is at
-    most 1, and 1 at omega = 0.
+    Entry n is ``sqrt(2n+1) prod_{k<n} (s-k) / prod_{k<=n+1} (s+k)``, with s =
+    i omega, k from 0 in the numerator and from 1 in the denominator. The norm
+    of the response is at most 1, and 1 at omega = 0.
 
     Args:
         size (int): N, positive.
@@ -173,7 +173,7 @@ def hippo_response(size: int, omega: Tensor) -> Tensor:
 
 
 def state_response(A: Tensor, B: Tensor, omega: Tensor) -> Tensor:
-    """``(i omega - A)^-1 B``: the states that a Fourier mode drives.
+    """Response ``(i omega - A)^-1 B`` of the states to a Fourier mode.
 
     Args:
         A (Tensor): (N, N), real or complex, 1/step, no eigenvalue at
@@ -193,15 +193,16 @@ def state_response(A: Tensor, B: Tensor, omega: Tensor) -> Tensor:
     A, B = A.to(torch.complex128), B.to(torch.complex128)
     s = 1j * omega.to(A.device, torch.float64)
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    return torch.linalg.solve(s[:, None, None] * eye - A, B)
+    response: Tensor = torch.linalg.solve(s[:, None, None] * eye - A, B)
+    return response
 
 
 def s4d_real(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """S4D-Real: -1, ..., -N, which are the eigenvalues of HiPPO-LegS.
+    """S4D-Real: -1, ..., -N, the eigenvalues of HiPPO-LegS.
 
     Args:
         size (int): N.
-        dtype (torch.dtype): Real. Defaults to float64.
+        dtype (torch.dtype): Real dtype. Defaults to float64.
 
     Returns:
         Tensor: (N,), 1/step.
@@ -219,7 +220,7 @@ def s4d_lin(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """S4D-Lin: ``-1/2 + i pi n``.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
         dtype (torch.dtype): Real dtype of the parts. Defaults to float64.
 
     Returns:
@@ -239,7 +240,7 @@ def s4d_inv(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """S4D-Inv: ``-1/2 + i (N / pi) (N / (2n+1) - 1)`` with N = 2 pairs.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
         dtype (torch.dtype): Real dtype of the parts. Defaults to float64.
 
     Returns:
@@ -259,7 +260,7 @@ def s4d_legs(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """S4D-LegS: the eigenvalues of the normal part of HiPPO-LegS.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
         dtype (torch.dtype): Real dtype of the parts. Defaults to float64.
 
     Returns:
@@ -275,10 +276,10 @@ def s4d_legs(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def s4d_legs_input(pairs: int) -> Tensor:
-    """Half of HiPPO's B in the eigenbasis that :func:`s4d_legs` belongs to.
+    """Half of HiPPO's B in the eigenbasis of :func:`s4d_legs`.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
 
     Returns:
         Tensor: (pairs,), real (by the choice of the eigenvectors' phases),
@@ -299,7 +300,7 @@ S4D_PAIRS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
     's4d_inv': s4d_inv,
     's4d_legs': s4d_legs,
 }
-"""The initializations by conjugate pairs."""
+"""Initializations by conjugate pairs."""
 
 
 def _pairs(imaginary: Tensor) -> Tensor:
@@ -321,11 +322,11 @@ def _fill(size: int, entry: Callable[[int, int], Fraction]) -> Tensor:
 
 
 def _legendre_coefficient(n: int, k: int) -> Fraction:
-    """Of x^k in the Legendre polynomial ``P_n(2x - 1)``."""
+    """Coefficient of x^k in the Legendre polynomial ``P_n(2x - 1)``."""
     return Fraction((-1) ** (n + k) * math.comb(n, k) * math.comb(n + k, k))
 
 
 def _monomial_coefficient(k: int, n: int) -> Fraction:
-    """Of ``P_n(2x - 1)`` in x^k."""
+    """Coefficient of ``P_n(2x - 1)`` in x^k."""
     above = (2 * n + 1) * math.factorial(k) ** 2
     return Fraction(above, math.factorial(k - n) * math.factorial(k + n + 1))

@@ -1,6 +1,6 @@
 """Spectral radius, abscissa and numerical abscissa of small matrices."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from mmstabvim.stability.inputs import (
 from mmstabvim.stability.state.eigenbasis import Eigenbasis, eigenvector_cosine
 
 SMALLEST_COSINE = 1e-4
-"""Least ``|y^H x|`` of left and right unit eigenvectors for which the exact
-gradient of an eigenvalue is used: its norm is one over it."""
+"""Least ``|y^H x|`` of left and right unit eigenvectors with the exact
+gradient of an eigenvalue, whose norm is its inverse."""
 
 
 class _Eigenvalues(torch.autograd.Function):
@@ -39,35 +39,38 @@ class _Eigenvalues(torch.autograd.Function):
         return grad if A.is_complex() else grad.real, None, None
 
 
+def _with_gradient(A: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    return cast(Tensor, cast(Any, _Eigenvalues).apply(A, values, vectors))
+
+
 def known_eigenvalues(A: Tensor, basis: Eigenbasis) -> Tensor:
     """Give known eigenvalues of A the gradient of :func:`eigenvalues`.
 
     Args:
         A (Tensor): (..., N, N), float64, on the CPU, 1/step.
-        basis (Eigenbasis): Of ``A``.
+        basis (Eigenbasis): Eigendecomposition of ``A``.
 
     Returns:
         Tensor: (..., N), complex128, 1/step.
     """
-    return _Eigenvalues.apply(A, basis.eigenvalues, basis.vectors)
+    return _with_gradient(A, basis.eigenvalues, basis.vectors)
 
 
 def eigenvalues(A: Tensor) -> Tensor:
-    """Eigenvalues of A itself, with gradients that stay bounded.
+    """Eigenvalues of A itself, with bounded gradients.
 
     With left and right eigenvectors y, x the gradient of an eigenvalue is
-    ``conj(y) x^T / (y^H x)``, of norm ``1 / |cos(y, x)|``. Where the smallest
-    of these cosines of a matrix is below :data:`SMALLEST_COSINE`, nearly
-    defective, each of its eigenvalues is given the gradient of the numerical
-    abscissa instead, of norm 1. The values are the same with and without
-    gradients.
+    ``conj(y) x^T / (y^H x)``, of norm ``1 / |cos(y, x)|``. A matrix whose
+    smallest cosine is below :data:`SMALLEST_COSINE` is nearly defective. Each
+    of its eigenvalues gets the gradient of the numerical abscissa instead, of
+    norm 1. The values are the same with and without gradients.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
 
     Returns:
-        Tensor: (..., N), complex128, on the CPU; differentiable, near a
-        defective matrix once.
+        Tensor: (..., N), complex128, on the CPU, differentiable; near a
+        defective matrix differentiable once.
 
     Raises:
         ValueError: If ``A`` is not square or not finite.
@@ -80,13 +83,14 @@ def eigenvalues(A: Tensor) -> Tensor:
         tensor([ 2., -2.])
     """
     matrix = dense('A', A)
-    # eigvals alone would round differently: one value whoever asks
+    # eigvals alone would round differently
+    values: Tensor
     values, vectors = torch.linalg.eig(matrix)
     if not values.requires_grad:
         return values
     if (eigenvector_cosine(vectors.detach())[0] >= SMALLEST_COSINE).all():
         return values
-    return _Eigenvalues.apply(matrix, values.detach(), vectors.detach())
+    return _with_gradient(matrix, values.detach(), vectors.detach())
 
 
 def spectral_radius(A: Tensor) -> Tensor:
@@ -94,9 +98,9 @@ def spectral_radius(A: Tensor) -> Tensor:
 
     Differentiable: with left and right eigenvectors y, x of the largest
     eigenvalue, ``d rho / d A = Re(conj(lambda) / |lambda| conj(y) x^T /
-    (y^H x))``; ties share it. Where the eigenvectors are linearly dependent
-    there is no gradient: a 2 x 2 matrix then gets that of the mean of its
-    eigenvalues, a larger one the bounded gradient of :func:`eigenvalues`.
+    (y^H x))``; ties share it. It does not exist where the eigenvectors are
+    linearly dependent. A 2 x 2 matrix then gets the gradient of the mean of
+    its eigenvalues, a larger one the bounded gradient of :func:`eigenvalues`.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -127,7 +131,7 @@ def spectral_radius(A: Tensor) -> Tensor:
 def spectral_abscissa(A: Tensor) -> Tensor:
     """Largest real part of an eigenvalue; its sign decides stability.
 
-    Differentiable, with the remarks of :func:`spectral_radius`.
+    Differentiable; for dependent eigenvectors see :func:`spectral_radius`.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -158,7 +162,7 @@ def spectral_abscissa(A: Tensor) -> Tensor:
 def numerical_abscissa(A: Tensor) -> Tensor:
     """Largest eigenvalue of ``(A + A^H) / 2``, the logarithmic norm.
 
-    At least the spectral abscissa, and ``||exp(t A)|| <= exp(t mu)``.
+    It is at least the spectral abscissa, and ``||exp(t A)|| <= exp(t mu)``.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -178,23 +182,23 @@ def numerical_abscissa(A: Tensor) -> Tensor:
     """
     matrix = dense('A', A)
     symmetric = (matrix + matrix.mH) / 2
-    largest = torch.linalg.eigvalsh(symmetric)[..., -1]
+    largest: Tensor = torch.linalg.eigvalsh(symmetric)[..., -1]
     return largest.to(A.device, real_dtype(A))
 
 
 def gelfand_bound(A: Tensor, k: int = 10, check_values: bool = True) -> Tensor:
     """Upper bound ``||A^(2^k)||_F^(1 / 2^k)`` of the spectral radius.
 
-    Holds for every matrix, up to rounding, and does not increase with ``k``;
-    too large by a factor of at most ``(kappa sqrt(N))^(1 / 2^k)`` with the
-    condition number kappa of the eigenvectors. Needs no eigenvalues and stays
-    on the device.
+    It holds for every matrix, up to rounding, and does not increase with
+    ``k``. It exceeds the radius by a factor of at most ``(kappa sqrt(N))^(1 /
+    2^k)`` with the condition number kappa of the eigenvectors. It needs no
+    eigenvalues and stays on the device.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
         k (int): Number of squarings, >= 0. Defaults to 10.
-        check_values (bool): Look for non-finite entries, which on a GPU waits
-            for the device; otherwise they give NaN. Defaults to True.
+        check_values (bool): Raise for non-finite entries, which on a GPU
+            waits for the device; otherwise they give NaN. Defaults to True.
 
     Returns:
         Tensor: (...), >= 0, unit of ``A``; 0 if a power is 0 (nilpotent).

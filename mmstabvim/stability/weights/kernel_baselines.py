@@ -29,21 +29,21 @@ from mmstabvim.stability.weights.sphere import random_points, to_sphere
 def rank_one_kernel(kernels: Tensor, size: Size) -> Tensor:
     """Gradient of ``u^T (x * v)`` over the taps of x, for singular u, v.
 
-    With (u, v) the first singular pair of the circular convolution with the
-    kernel it is ``cos(phase of each tap - phase of the gain)`` at the
-    frequency of the largest gain. Any pair of that frequency gives the same;
-    if several frequencies tie, the first is taken.
+    (u, v) is the first singular pair of the circular convolution with the
+    kernel. The gradient is ``cos(phase of each tap - phase of the gain)`` at
+    the frequency of the largest gain. Every pair of that frequency gives the
+    same; if several frequencies tie, the first is taken.
 
     Args:
         kernels (Tensor): (..., taps) or (..., taps, taps), not zero.
         size (int or Sequence[int]): Length, or rows and columns.
 
     Returns:
-        Tensor: As ``kernels``, float64; on the torus its convolution has
-        singular values up to the number of taps, not 1.
+        Tensor: Shape of ``kernels``, float64. On the torus its convolution
+        has singular values up to the number of taps, not 1.
 
     Raises:
-        ValueError: As :func:`check_kernels`.
+        ValueError: If ``kernels`` do not fit ``size``.
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Eq. 6.
@@ -66,7 +66,7 @@ def rank_one_kernel(kernels: Tensor, size: Size) -> Tensor:
 
 @torch.no_grad()
 def srn_c(kernels: Tensor, size: Size, rank: float) -> Tensor:
-    """``sigma (a_1 + gamma (a / sigma - a_1))``, the normalized kernel.
+    """SRN-C: the kernel ``sigma (a_1 + gamma (a / sigma - a_1))``.
 
     ``a_1`` is :func:`rank_one_kernel`, ``sigma`` the largest singular value
     and ``gamma = sqrt(rank - 1) / ||C(a / sigma) - u v^T||_F``.
@@ -77,10 +77,10 @@ def srn_c(kernels: Tensor, size: Size, rank: float) -> Tensor:
         rank (float): Target of the stable rank, >= 1; in general missed.
 
     Returns:
-        Tensor: As ``kernels``, float64.
+        Tensor: Shape of ``kernels``, float64.
 
     Raises:
-        ValueError: As :func:`check_kernels`, or if ``rank`` is below 1.
+        ValueError: If ``kernels`` do not fit ``size``, or ``rank`` is below 1.
 
     Source: Tanay et al., arXiv:2010.05099, as restated in Zheng et al.,
     Analysis of the Stable Rank Normalization for Convolutional Kernels, Eq. 5.
@@ -104,12 +104,12 @@ def srn_c(kernels: Tensor, size: Size, rank: float) -> Tensor:
 
 
 class Descent(NamedTuple):
-    """End of a descent.
+    """Result of a descent.
 
     Attributes:
         kernels (Tensor): (..., taps), scaled to the largest singular value of
             the given ones; float64.
-        stable_rank (Tensor): (...), what was reached.
+        stable_rank (Tensor): (...), stable rank reached.
         gain_ratio (Tensor): (...), largest singular value before that scaling
             over the given one: 1 only if the stable rank was met.
         point (Tensor): (M, q), last point on the unit sphere.
@@ -122,8 +122,9 @@ class Descent(NamedTuple):
 
 
 class SphereObjective:
-    """``h(z) = (g(z) - N / r)^2 + penalty N ||sqrt(r M^2 / N) z - a||^2``.
+    """Objective of the descent on the unit sphere.
 
+    ``h(z) = (g(z) - N / r)^2 + penalty N ||sqrt(r M^2 / N) z - a||^2``. Here
     ``g`` is the log-sum-exp of the squared gains with sharpness ``alpha``; it
     exceeds the largest by up to ``ln(N) / alpha``.
 
@@ -135,7 +136,8 @@ class SphereObjective:
         penalty (float): Weight of the distance, >= 0. Defaults to 0.1.
 
     Raises:
-        ValueError: As :func:`check_kernels`, or if a number is out of range.
+        ValueError: If ``kernels`` do not fit ``size``, or a number is out of
+            range.
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Eq. 14 and 16.
@@ -168,7 +170,7 @@ class SphereObjective:
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Values (M,) and Euclidean gradients (M, q) at z (M, q)."""
         parts = z @ self._waves.mT  # (M, 2 N)
-        gains = parts.square().unflatten(-1, (2, -1)).sum(-2)
+        gains = torch.unflatten(parts.square(), -1, (2, -1)).sum(-2)
         scaled = self.alpha * gains
         excess = scaled.logsumexp(-1) / self.alpha - self._level
         share = scaled.softmax(-1).repeat(1, 2)
@@ -201,17 +203,18 @@ def sphere_descent(
         kernels (Tensor): (..., taps) or (..., taps, taps), not zero.
         size (int or Sequence[int]): Length, or rows and columns; N points.
         rank (float): Target of the stable rank.
-        alpha (float): As in :class:`SphereObjective`. Defaults to 10.0.
-        penalty (float): As there. Defaults to 0.1.
+        alpha (float): Sharpness of the largest gain, > 0. Defaults to 10.0.
+        penalty (float): Weight of the distance, >= 0. Defaults to 0.1.
         step (float): Step size, > 0. Defaults to 1e-3.
         steps (int): Number of steps, >= 0. Defaults to 20000.
-        seed (int): Of the random start. Defaults to 0.
-        start (Tensor, optional): Start on the unit sphere, (M, q), instead.
+        seed (int): Seed of the random start. Defaults to 0.
+        start (Tensor, optional): Start on the unit sphere, (M, q). Defaults
+            to None, for a random one.
         callback (Callable, optional): Called with the number, the values (M,)
             and the point (M, q) before each step and at the end.
 
     Returns:
-        Descent: The kernels and what they reached.
+        Descent: Kernels and the stable rank reached.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -252,7 +255,7 @@ def sphere_descent(
 def _end(
     kernels: Tensor, size: Size, objective: SphereObjective, z: Tensor
 ) -> Descent:
-    """Scale the last point, and measure it."""
+    """Scale and measure the last point."""
     found = (objective.radius * z).reshape(kernels.shape)
     wanted = squared_gains(kernels, size).amax(-1)
     ratio = (squared_gains(found, size).amax(-1) / wanted).sqrt()

@@ -1,4 +1,4 @@
-"""Spectral norms of weights: matrices, convolutions, exact or estimated."""
+"""Spectral norms of matrices and convolutions: exact, bounds, estimates."""
 
 import math
 from collections.abc import Sequence
@@ -44,13 +44,15 @@ def spectral_norm(W: Tensor) -> Tensor:
         )
     check_finite('W', W)
     wide = W.to(torch.complex128 if W.is_complex() else torch.float64)
-    return torch.linalg.matrix_norm(wide, 2).to(real_dtype(W))
+    norm: Tensor = torch.linalg.matrix_norm(wide, 2)
+    return norm.to(real_dtype(W))
 
 
 def start_vector(size: int, like: Tensor) -> Tensor:
-    """Fixed Gaussian unit vector from which power iteration starts, (size,).
+    """Fixed Gaussian unit vector to start power iteration from, (size,).
 
-    The same on every machine and rank; dtype and device of ``like``.
+    It is the same on every machine and rank, with dtype and device of
+    ``like``.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -112,16 +114,16 @@ def conv_norm_bound(taps: Tensor, points: int | None = None) -> Tensor:
     """Bound the norm of a depthwise convolution of any length.
 
     The convolution of sequences of length L, causal or centred, zeros
-    outside, is a piece of the infinite one, whose norm is the largest
-    ``|w^(theta)|`` over all frequencies; it tends to that as L grows. The
-    discrete Fourier transform sees ``points`` of them, and a trigonometric
-    polynomial of q terms exceeds what is seen by at most ``1 / sqrt(cos(pi (q
-    - 1) / points))``: 0.07 % for the default.
+    outside, is a section of the infinite one. The norm of the latter is the
+    largest ``|w^(theta)|`` over all frequencies, which is the limit as L
+    grows. The discrete Fourier transform samples ``points`` frequencies. A
+    trigonometric polynomial of q terms exceeds its samples by a factor of at
+    most ``1 / sqrt(cos(pi (q - 1) / points))``: 0.07 % for the default.
 
     Args:
         taps (Tensor): (..., q), real, the kernel of each channel.
         points (int, optional): Length of the transform, at least 4 q.
-            Defaults to 64 q.
+            Defaults to None, for 64 q.
 
     Returns:
         Tensor: (...), >= 0, unit of ``taps``, at least float32. Computed in
@@ -163,7 +165,7 @@ def _count_taps(taps: Tensor) -> int:
 
 
 def _largest(energy: Tensor) -> Tensor:
-    """Square root of the largest over the last axis, which is held fixed."""
+    """Root of the largest over the last axis; its index has no gradient."""
     index = energy.detach().argmax(-1, keepdim=True)
     largest = energy.gather(-1, index).squeeze(-1)
     zero = largest == 0  # where the root has no gradient
@@ -181,14 +183,15 @@ def overlap_factor(
     """Factor by which overlapping patches may exceed the weight's norm.
 
     A convolution with zero padding has at most this many times the norm of
-    its weight as a matrix (out_channels, in_channels * taps): no input value
-    is read by more than the factor's square of patches. It is 1, and the
-    norm that of the matrix, where patches do not overlap.
+    its weight as a matrix (out_channels, in_channels * taps): each input
+    value is read by at most the factor's square of patches. Where patches do
+    not overlap the factor is 1, and the norm is that of the matrix.
 
     Args:
-        kernel_size (Sequence[int]): Along each axis.
-        stride (Sequence[int]): Along each axis.
-        dilation (Sequence[int], optional): Along each axis. Defaults to 1.
+        kernel_size (Sequence[int]): Taps along each axis.
+        stride (Sequence[int]): Stride along each axis.
+        dilation (Sequence[int], optional): Dilation along each axis. Defaults
+            to None, for 1.
 
     Returns:
         float: At least 1.
