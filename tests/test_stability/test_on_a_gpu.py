@@ -1,4 +1,4 @@
-"""The same numbers on a GPU, and results that stay there."""
+"""Equal numbers on a GPU, and results that stay there."""
 
 import pytest
 import torch

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.attribution import Function, check_logits
 from mmstabvim.stability.sensitivity.lanczos import lanczos_extremes
 
 METHODS = ('difference', 'double_backward')
-Function = Callable[[Tensor], Tensor]
 
 
 class Estimates(NamedTuple):

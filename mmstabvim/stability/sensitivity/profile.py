@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.attribution import Function, check_logits
 from mmstabvim.stability.sensitivity.curvature import (
     hessian_extremes,
     hessian_product,
@@ -34,7 +34,6 @@ LOSSES = ('sample', 'mean')
 PROFILE_METHODS = ('auto', *METHODS)
 MAX_NUMEL = 1 << 28
 """Values of a parameter Jacobian that is formed: 1 GiB in float32."""
-Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,18 @@
 """Differentiable penalties on the Jacobian of logits, for training."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.attribution import Function, check_logits
 from mmstabvim.stability.sensitivity.entropy import spectral_entropy
 from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     check_differentiable,
     input_jacobian,
 )
-
-Function = Callable[[Tensor], Tensor]
 
 
 def jacobian_penalty(

@@ -396,7 +396,7 @@ def test_shift_bounds_more_than_the_abscissa():
     'dtype', [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 )
 def test_bounds_are_rounded_inwards(dtype):
-    """What is stored obeys in exact arithmetic."""
+    """Stored values obey in exact arithmetic."""
     for eps, lambda_max in ((0.01, 0.3), (0.1, 0.7), (0.3, 1.1)):
         low = clamp_real_part(
             torch.full((1,), -9.0, dtype=dtype), eps, lambda_max

@@ -33,7 +33,7 @@ def test_gradient_flow():
 
 @pytest.mark.parametrize('reverse', [False, True])
 def test_gradient_flow_is_that_of_the_first_token(reverse):
-    """As autograd finds it: with B = 1 the gradient is step times gain."""
+    """Compared with autograd: with B = 1 the gradient is step times gain."""
     delta, _ = inputs(batch=1, dim=1)
     delta[:, 0], delta[:, -1] = 30, 15  # only one of them counts
     values = torch.linspace(-2, 2, 12).double()[None]
