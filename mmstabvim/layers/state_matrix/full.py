@@ -36,7 +36,10 @@ from mmstabvim.stability.state.eigenbasis import (
     decompose,
     known_eig,
 )
-from mmstabvim.stability.state.normalization import radius_scale
+from mmstabvim.stability.state.normalization import (
+    abscissa_shift,
+    radius_scale,
+)
 from mmstabvim.stability.state.spectra import (
     gelfand_bound,
     known_eigenvalues,
@@ -317,8 +320,8 @@ class Full(Parametrization[BlockLowRank]):
         self, params: BlockLowRank, rule: EigenvalueClamping
     ) -> BlockLowRank:
         """Move all eigenvalues of a matrix until the largest obeys."""
-        excess = spectral_abscissa(params.dense()) + rule.floor
-        return params.shifted(torch.relu(excess))
+        abscissa = spectral_abscissa(params.dense())
+        return params.shifted(abscissa_shift(abscissa, -rule.floor))
 
 
 class _Decomposed(NamedTuple):

@@ -24,7 +24,8 @@ from mmstabvim.layers.state_matrix.rules import (
     check_compatible,
     largest_in_direction,
 )
-from mmstabvim.stability.state.clamping import clamp_matrix, fit_block_low_rank
+from mmstabvim.stability.state.block_low_rank import fit_block_low_rank
+from mmstabvim.stability.state.clamping import clamp_matrix
 from mmstabvim.stability.state.eigenbasis import Eigenbasis, decompose
 from mmstabvim.stability.state.spectra import gelfand_bound, spectral_radius
 

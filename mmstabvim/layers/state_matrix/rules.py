@@ -15,6 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
+from mmstabvim.stability.state.clamping import continuous_margin
 
 DOMAINS = ('continuous', 'discrete')
 GRANULARITIES = ('channel', 'layer', 'block')
@@ -184,7 +185,7 @@ class EigenvalueClamping:
         """Least distance of the real parts from zero, 1/step."""
         if self.domain == 'continuous':
             return self.eps
-        return -math.log1p(-self.margin) / self.delta_ref
+        return continuous_margin(self.margin, self.delta_ref)
 
     @property
     def abscissa_limit(self) -> float:

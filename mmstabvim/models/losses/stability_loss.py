@@ -42,8 +42,10 @@ class StabilityLoss(nn.Module):
         ValueError: If a name is unknown or the weight is negative.
 
     Example:
-        >>> loss = F.cross_entropy(model(images), labels)
-        >>> loss = loss + StabilityLoss(reduction='mean')(model)
+        >>> from mmstabvim import VisionMamba
+        >>> model = VisionMamba(dict(embed_dims=8, num_layers=1, d_state=2))
+        >>> StabilityLoss(reduction='mean')(model).item()
+        0.0
     """
 
     def __init__(

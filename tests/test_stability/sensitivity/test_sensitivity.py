@@ -460,6 +460,30 @@ def test_other_errors_stay(perceptron):
         )
 
 
+@pytest.mark.parametrize(
+    ('error', 'method'),
+    [
+        (torch.OutOfMemoryError('full'), 'difference'),
+        (RuntimeError('memory; use method=difference'), None),
+    ],
+    ids=['memory', 'a message that speaks of it'],
+)
+def test_kind_of_an_error_decides(perceptron, error, method):
+    """Never its text."""
+
+    def failing(x):
+        raise error
+
+    def found():
+        return best_method(failing, X, LABELS, list(perceptron.parameters()))
+
+    if method:
+        assert found() == method
+    else:
+        with pytest.raises(RuntimeError, match='memory'):
+            found()
+
+
 # -------------------------------------------------------------- the index
 
 

@@ -284,7 +284,7 @@ def test_never_violated_by_gradient_ascent(kind, b_disc):
 
 @pytest.mark.parametrize('b_disc', ['euler', 'zoh'])
 def test_never_violated_without_an_eigenbasis(b_disc, monkeypatch):
-    """Where the scan runs by the matrix exponential."""
+    """Scans that run by the matrix exponential."""
     monkeypatch.setattr(Full, '_kind', lambda *_: 2)
     bounds, found = climb(EXPONENTIAL, b_disc, 'y')
     assert 'state' not in found[1]
