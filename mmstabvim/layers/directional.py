@@ -46,7 +46,7 @@ class DirectionalLinear(nn.Module):
     @property
     def operator(self) -> Operator:
         """Action of a direction's weight, for norms."""
-        return Operator()
+        return Operator(directions=self.directions)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (directions, batch, length, in) to (..., out)."""
@@ -96,7 +96,7 @@ class DirectionalConv1d(nn.Module):
     @property
     def operator(self) -> Operator:
         """Action of a direction's weight, for norms."""
-        return Operator(depthwise=True)
+        return Operator(depthwise=True, directions=self.directions)
 
     def forward(self, x: Tensor, activation: str | None = 'silu') -> Tensor:
         """Map (batch, length, channels) to (directions, ...)."""
