@@ -201,7 +201,8 @@ def build_all(cfg):
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     build_optim_wrapper(model, cfg.optim_wrapper)
-    for hook in cfg.get('custom_hooks', []):
+    hooks = [*cfg.get('custom_hooks', []), *cfg.default_hooks.values()]
+    for hook in filter(None, hooks):
         assert isinstance(HOOKS.build(hook), Hook)
     evaluators = cfg.get('test_evaluator') or []
     for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
