@@ -626,6 +626,8 @@ def test_command_line_toggles_a_stabilizer(
     options = {'default_hooks.ec.type': STABILIZERS['ec']}
     assert [*stabilizers_in_training(plain, options)] == [CLAMPING]
     options['default_hooks.ec.eps'] = 0.1
+    with pytest.raises(ValueError, match=r'default_hooks\.ec has no type'):
+        stabilizers_in_training(plain, {'default_hooks.ec.eps': 0.1})
     found = stabilizers_in_training(plain, options)
     assert found[CLAMPING].rule.eps == 0.1
     text = (FRAGMENTS / 'all.py').read_text()
@@ -636,11 +638,15 @@ def test_command_line_toggles_a_stabilizer(
         CLAMPING,
         'StabilityLossHook',
     ]
-    options = {'default_hooks.sn': None, 'default_hooks.ec.eps': 0.1}
-    found = stabilizers_in_training(every, options)
+    changes = {'default_hooks.sn': None, 'default_hooks.ec.eps': 0.1}
+    found = stabilizers_in_training(every, changes)
     assert [*found] == [CLAMPING, 'StabilityLossHook']
     assert found[CLAMPING].rule.eps == 0.1
     text = (FRAGMENTS / 'none.py').read_text()
     none = tmp_path / 'none.py'
     none.write_text(f"_base_ = './every.py'\n{text}")
     assert stabilizers_in_training(none, {}) == {}
+    with pytest.raises(ValueError, match=r'default_hooks\.ec\._delete_=True'):
+        stabilizers_in_training(none, options)
+    options['default_hooks.ec._delete_'] = True
+    assert [*stabilizers_in_training(none, options)] == [CLAMPING]

@@ -267,7 +267,9 @@ def _has_type(hook: Any) -> bool:
 
 def _describe(cfg: Config, option: str, path: str, key: str) -> str:
     """Say why an option has no effect, and what was meant."""
-    if path:
+    if path == 'default_hooks':
+        reason = f'{path}.{key} has no type, so nothing builds it'
+    elif path:
         reason = f'{path} has no {key!r}, so nothing reads it'
     elif key in cfg and key != 'data_preprocessor':
         reason = (
