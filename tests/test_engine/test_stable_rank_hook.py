@@ -279,7 +279,7 @@ def test_base_config(tmp_path):
     assert max(shares(model, ['in_proj', 'out_proj'])) < 0.3001
     assert max(shares(model, ['conv1d'], length=tokens)) < 0.5001
     default = StableRankHook().targets
-    assert default == dict(cfg.custom_hooks[0].targets)
+    assert default == dict(cfg.default_hooks.srn.targets)
 
 
 # ------------------------------------------------------------- when it acts

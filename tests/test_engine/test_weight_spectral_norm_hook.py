@@ -163,7 +163,7 @@ def test_other_hooks_keep_working(run):
 def test_the_base_config(tmp_path):
     cfg = digits_config(tmp_path)
     base = Config.fromfile(ROOT / 'configs/_base_/stabilizers/weight_sn.py')
-    cfg.custom_hooks = base.custom_hooks
+    cfg.default_hooks.update(base.default_hooks)
     cfg.train_cfg = dict(by_epoch=True, max_epochs=1)
     cfg.val_cfg = cfg.val_evaluator = cfg.val_dataloader = None
     cfg.train_dataloader.dataset.indices = 16
