@@ -44,7 +44,7 @@ class DirectionalLinear(nn.Module):
         self.weight.uniform_(-bound, bound)
 
     @property
-    def operator(self) -> Operator:
+    def weight_operator(self) -> Operator:
         """Action of a direction's weight, for norms."""
         return Operator(directions=self.directions)
 
@@ -94,7 +94,7 @@ class DirectionalConv1d(nn.Module):
         self.bias.uniform_(-bound, bound)
 
     @property
-    def operator(self) -> Operator:
+    def weight_operator(self) -> Operator:
         """Action of a direction's weight, for norms."""
         return Operator(depthwise=True, directions=self.directions)
 

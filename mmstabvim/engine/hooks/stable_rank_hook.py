@@ -306,7 +306,7 @@ def _acts_as_matrix(name: str, layer: Any) -> bool:
     """Whether a layer is one matrix for each patch, or depthwise kernels."""
     if isinstance(layer, nn.Linear):
         return True
-    if hasattr(layer, 'operator'):
+    if hasattr(layer, 'weight_operator'):
         return not operator_of(layer).depthwise
     ones = tuple(1 for _ in layer.kernel_size)
     unpadded = layer.padding in ('valid', tuple(0 for _ in ones))

@@ -148,7 +148,7 @@ class Operator:
 
 def _own_operator(layer: nn.Module) -> Operator | None:
     """Return what a layer of another kind says of itself."""
-    operator = getattr(layer, 'operator', None)
+    operator = getattr(layer, 'weight_operator', None)
     return operator if isinstance(operator, Operator) else None
 
 
@@ -176,7 +176,7 @@ def weight_parts(
     Args:
         name (str): Name of the layer.
         layer (nn.Module): Linear or convolution, or one with an attribute
-            ``operator``.
+            ``weight_operator``.
         weight (Tensor): Its weight.
 
     Returns:
@@ -194,7 +194,7 @@ def operator_of(layer: nn.Module) -> Operator:
 
     Args:
         layer (nn.Module): Linear or convolution, or one that describes
-            itself by an attribute ``operator``.
+            itself by an attribute ``weight_operator``.
 
     Returns:
         Operator: Its norms are exact for a linear layer and for patches that
