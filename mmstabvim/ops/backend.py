@@ -62,7 +62,10 @@ class Backends:
     @property
     def names(self) -> tuple[str, ...]:
         """Backends of the operator, from the slowest to the fastest."""
-        return tuple(x for x in BACKENDS if x in ('reference', *self.checks))
+        return tuple(filter(self._has, BACKENDS))
+
+    def _has(self, name: str) -> bool:
+        return name == 'reference' or name in self.checks
 
     def choose(self, backend: str, *inputs: Any) -> str:
         """Name the backend that runs, and say once which one it is.
@@ -108,10 +111,10 @@ class Backends:
         on_gpu = inputs[0].device.type == 'cuda'
         if asked == 'auto':
             asked = 'triton' if on_gpu else 'fused'
-        elif asked not in self.names:
+        elif not self._has(asked):
             slowed = self._refusal(asked, inputs)
         for name in _downwards(asked):
-            if name in self.names:
+            if self._has(name):
                 why_not = self._refusal(name, inputs)
                 if why_not is None:
                     return name, slowed
@@ -120,7 +123,7 @@ class Backends:
 
     def _refusal(self, name: str, inputs: tuple[Any, ...]) -> Exception | None:
         """Why a backend cannot run the inputs here."""
-        if name not in self.names:
+        if not self._has(name):
             return ValueError(
                 f'{self.operator} has no backend {name!r}, it has '
                 f'{", ".join(self.names)}'
@@ -143,11 +146,10 @@ class Backends:
         self, backend: str, inputs: tuple[Any, ...]
     ) -> None:
         """Raise where a derivative would be zero without a word."""
-        if torch.compiler.is_compiling():
-            transformed = _transforming()
-        else:
-            transformed = any(map(_is_transformed, inputs))
-        if transformed:
+        if not _transforming():
+            return
+        # torch.compile does not show the wrappers of its tensors
+        if torch.compiler.is_compiling() or any(map(_is_transformed, inputs)):
             raise NotImplementedError(
                 'forward-mode derivatives and the transforms of torch.func '
                 '(grad, jvp, vmap, ...) are not implemented for the '
@@ -301,8 +303,7 @@ def _is_transformed(x: Any) -> bool:
     )
 
 
-# torch.compile must not look inside the following: it would have to trace a
-# search for modules, and does not show its tensors' wrappers
+# torch.compile must not look inside the following: it could not trace it
 
 
 @torch.compiler.assume_constant_result
