@@ -201,7 +201,12 @@ def build_all(cfg):
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     build_optim_wrapper(model, cfg.optim_wrapper)
-    for hook in cfg.get('custom_hooks', []):
+    ours = [
+        hook
+        for hook in cfg.default_hooks.values()
+        if hook and str(hook.type).startswith('mmstabvim.')
+    ]
+    for hook in (*cfg.get('custom_hooks', []), *ours):
         assert isinstance(HOOKS.build(hook), Hook)
     evaluators = cfg.get('test_evaluator') or []
     for metric in evaluators if isinstance(evaluators, list) else [evaluators]:

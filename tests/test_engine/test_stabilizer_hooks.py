@@ -138,7 +138,7 @@ def test_reparametrization_holds_in_a_test_run(config):
     """Raw parameters are saved; who tests them gets the rule as well."""
     config.custom_hooks = [dict(EC, eps=0.95, mode='reparam')]
     runner = train(config)
-    raw = [p for m in state_matrices(runner.model).values() for p in m.raw()]
+    raw = [p for m in state_matrices(runner.model).values() for p in m.free]
     assert max(p.max() for p in raw) > -0.95
     config.load_from = f'{config.work_dir}/epoch_1.pth'
     tester = Runner.from_cfg(copy.deepcopy(config))
@@ -152,6 +152,20 @@ def test_existing_hooks_keep_working(config):
     names = [type(hook).__name__ for hook in runner.hooks]
     assert 'EMAHook' in names
     assert len(scalars(config, 'loss_stab')) == 3
+
+
+def test_keys_of_default_hooks_are_the_same_stabilizers(config):
+    """As entries of ``custom_hooks``, bit by bit, in any order."""
+    hooks = [dict(SN, rho_max=0.2), dict(EC, eps=0.1), SP]
+    config.custom_hooks = hooks
+    listed = weights(config)
+    config.custom_hooks = []
+    config.default_hooks.update(sp=SP, ec=hooks[1], sn=hooks[0])
+    keyed = weights(config)
+    assert all(torch.equal(listed[name], keyed[name]) for name in listed)
+    config.default_hooks.sn = None
+    less = weights(config)
+    assert not all(torch.equal(listed[name], less[name]) for name in listed)
 
 
 # ------------------------------------------------------------ when they act
@@ -485,7 +499,7 @@ def test_frozen_matrices_are_left_alone(config, warnings):
     assert (next(iter(state_matrices(average).values())).A == 3.0).all()
     said = [line for line in warnings if 'frozen' in line]
     assert len(said) == 1
-    assert 'backbone.layers.0.mixer.directions.0.state_matrix' in said[0]
+    assert 'backbone.layers.0.mixer.ssm.state_matrix' in said[0]
 
 
 @pytest.mark.parametrize('mode', ['project', 'reparam'])
@@ -653,9 +667,9 @@ def changed_by(ssm, **rule):
     """Whether a projection changes a bit of the parameters."""
     before = [p.detach().clone() for p in ssm.state_matrix.parameters()]
     if 'eps' in rule:
-        ssm.state_matrix.clamp_eigenvalues_(**rule)
+        ssm.state_matrix.apply_(EigenvalueClamping(**rule))
     else:
-        ssm.state_matrix.spectral_normalize_(**rule)
+        ssm.state_matrix.apply_(SpectralNormalization(**rule))
     return not all(map(torch.equal, before, ssm.state_matrix.parameters()))
 
 
@@ -1015,9 +1029,9 @@ def test_nan_is_never_clamped_away(config, hook):
     """The run stops and names the matrix."""
     config.custom_hooks = [hook]
     runner = Runner.from_cfg(copy.deepcopy(config))
-    runner.model.backbone.layers[1].mixer.directions[0].state_matrix.A.data[
-        2, 1
-    ] = math.nan
-    wanted = r'layers\.1\.mixer\.directions\.0\.state_matrix has a NaN'
+    runner.model.backbone.layers[1].mixer.ssm.state_matrix.A.data[2, 1] = (
+        math.nan
+    )
+    wanted = r'layers\.1\.mixer\.ssm\.state_matrix has a NaN'
     with pytest.raises(ValueError, match=wanted):
         runner.train()
