@@ -296,7 +296,7 @@ def _downwards(backend: str) -> tuple[str, ...]:
 
 
 def _is_transformed(x: Any) -> bool:
-    """Whether a tensor is under a transform, or has a tangent."""
+    """Tell if a tensor is under a transform, or has a tangent."""
     return isinstance(x, Tensor) and (
         torch._C._functorch.is_functorch_wrapped_tensor(x)
         or forward_ad.unpack_dual(x).tangent is not None
@@ -308,7 +308,7 @@ def _is_transformed(x: Any) -> bool:
 
 @torch.compiler.assume_constant_result
 def _transforming() -> bool:
-    """Whether any transform, or forward mode, is on."""
+    """Tell if any transform, or forward mode, is on."""
     stack = torch._C._functorch.peek_interpreter_stack()
     return stack is not None or forward_ad._current_level >= 0
 

@@ -138,7 +138,7 @@ def _arguments(
     activation: str | None,
     **others: Any,
 ) -> _Conv:
-    """What both passes pass on; the tensors must outlive the call."""
+    """Arguments of both passes; the tensors must outlive the call."""
     batch, length, dim = x.shape
     return _Conv(
         batch=batch,

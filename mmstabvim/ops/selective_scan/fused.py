@@ -23,7 +23,7 @@ TASKS = 32
 number of threads, nor a direction's results on the other directions."""
 
 FLAT = 1e-20
-"""Where |A| is smaller, the zero-order hold's weight is dt: |dt A| is below
+"""Below this |A| the zero-order hold's weight is dt: |dt A| is below
 float32's resolution for any step below 1e12."""
 
 
@@ -291,7 +291,7 @@ def _inverse(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shared(matrix: Tensor, groups: int) -> bool:
-    """Whether several groups use the same B or C."""
+    """Tell if several groups use the same B or C."""
     return matrix.dim() == 5 and matrix.shape[3] < groups
 
 
@@ -301,7 +301,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of ``dtype``, with a contiguous last axis.
+    """Convert to ``dtype``, with a contiguous last axis.
 
     A tensor that all directions share is copied, if at all, once.
     """
@@ -322,12 +322,12 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _view(x: Tensor, groups: int) -> _View:
-    """Of (directions, batch, length, dim)."""
+    """View of (directions, batch, length, dim)."""
     return _View(x.data_ptr(), *x.stride()[:3], x.shape[3] // groups)
 
 
 def _matrix_view(x: Tensor, groups: int) -> _View:
-    """Of B or C as in the scan, or constant, as :func:`_by_state`."""
+    """View of B or C as in the scan, or constant, as :func:`_by_state`."""
     floats = 2 if x.is_complex() else 1
     if x.dim() == 4:
         direction, group = (floats * step for step in x.stride()[:2])

@@ -87,7 +87,7 @@ def _step(delta, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _drive(step, u, A, B, decay, ZOH: tl.constexpr, COMPLEX: tl.constexpr):
-    """What a token adds to the state, ``B_bar u``."""
+    """Input of a token to the state, ``B_bar u``."""
     drive = _scale(B, step * u, COMPLEX)
     if ZOH:
         gain, _ = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
@@ -107,7 +107,7 @@ def _load_optional(ptr, offs, mask):
 def _program(
     batch, length, groups, channels, span, reverse, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """What this program walks.
+    """Find the tokens and channels of this program.
 
     Returns direction, sample, group, block of channels, the first token in
     memory's order, the order (1 or -1) and the number of tokens.
@@ -202,7 +202,7 @@ def _matrix(
 
 @triton.jit
 def _entry(B, i, step, n, CONSTANT: tl.constexpr):
-    """Where B or C of token i is, from what :func:`_matrix` returned."""
+    """Pointer to B or C of token i, from the result of :func:`_matrix`."""
     if CONSTANT:
         return B
     else:
