@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -201,32 +201,21 @@ def _calls(
     weight = torch.randn(33, 4, device=device)
 
     def scan(name: str) -> Any:
-        inputs = (u, delta, A, B, C, None, z, bias)
+        inputs: tuple[Any, ...] = (u, delta, A, B, C, None, z, bias)
+        if name == 'fused':  # for a CPU only
+            inputs = tuple(None if x is None else x.cpu() for x in inputs)
         wanted = selective_scan(*inputs, backend='reference')
         return selective_scan(*inputs, backend=name), wanted
 
+    def convolve(name: str) -> Any:
+        inputs = (u.cpu(), weight.cpu()) if name == 'fused' else (u, weight)
+        return causal_conv1d(*inputs, backend=name), causal_conv1d_ref(*inputs)
+
+    own = 'triton' if device.type == 'cuda' else 'reference'
     for name in ('reference', 'cpu', 'fused', 'triton'):
-        choose = {'fused': 'cpu'}.get(name, name)
-        fused = '1' if name == 'fused' else '0'
-
-        def run(choose: str = choose, fused: str = fused) -> Any:
-            with _environment(native.ENVIRONMENT_VARIABLE, fused):
-                return scan(choose)
-
-        yield 'selective_scan', run, name
-    own = 'triton' if device.type == 'cuda' else 'cpu'
-    for name, conv in (
-        (own, lambda: causal_conv1d(u, weight)),
-        ('fused', lambda: causal_conv1d(u.cpu(), weight.cpu())),
-    ):
-        fused = '1' if name == 'fused' else '0'
-
-        def convolve(conv: Any = conv, fused: str = fused) -> Any:
-            with _environment(native.ENVIRONMENT_VARIABLE, fused):
-                got = conv()
-            return got, causal_conv1d_ref(u, weight).to(got.device)
-
-        yield 'causal_conv1d', convolve, name
+        yield 'selective_scan', partial(scan, name), name
+    for name in (own, 'fused'):
+        yield 'causal_conv1d', partial(convolve, name), name
     ones = torch.ones(33, device=device)
     mean = u.square().mean(-1, keepdim=True)
     yield (
@@ -240,20 +229,6 @@ def _calls(
         lambda: (gated_merge(torch.stack([u, u]), z), u * gate),
         own,
     )
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _judge(call: Callable[[], tuple[Tensor, Tensor]], device: Any) -> str:

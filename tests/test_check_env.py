@@ -108,7 +108,7 @@ def test_parts_survive_each_other(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(check_env, 'rms_norm', broken)
     status, out = report(capsys)
     assert status == 1
-    assert 'rms_norm cpu                 FAILED RuntimeError: broken' in out
+    assert 'rms_norm reference           FAILED RuntimeError: broken' in out
     assert 'none.npz' in out
     assert 'inference' in out
 
@@ -117,7 +117,7 @@ def test_a_wrong_backend_is_found(capsys, monkeypatch):
     monkeypatch.setattr(check_env, 'gated_merge', lambda y, z: y[0] * z)
     status, out = report(capsys)
     assert status == 1
-    assert 'gated_merge cpu              FAILED' in out
+    assert 'gated_merge reference        FAILED' in out
 
 
 def test_without_a_compiler(capsys, monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ from mmstabvim.visualization import style
 Row = dict[str, Any]
 Counts = dict[str, dict[str, int]]
 
-SCANS = ('selective_scan', 'selective_scan_triton')
+SCANS = ('selective_scan',)
 OPERATORS = {
     'mm': 'matrix product',
     'addmm': 'matrix product',
@@ -67,7 +67,6 @@ OPERATORS = {
     'convolution': 'convolution',
     'causal_conv1d': 'causal convolution, both directions',
     'selective_scan': 'scan, both directions',
-    'selective_scan_triton': 'scan, both directions',
 }
 """Names for people; others are shown as PyTorch calls them."""
 
