@@ -5,10 +5,13 @@ from typing import ClassVar
 
 from mmseg.datasets import BaseSegDataset
 
+from mmstabvim.registry import DATASETS
+
 VOID = 11
 IGNORED = 255  # what MMSegmentation's losses and metrics skip
 
 
+@DATASETS.register_module()
 class CamVidDataset(BaseSegDataset):
     """CamVid: street scenes of 11 classes, in MMSegmentation's layout.
 

@@ -3,7 +3,10 @@
 import numpy as np
 from mmcv.transforms import BaseTransform
 
+from mmstabvim.registry import TRANSFORMS
 
+
+@TRANSFORMS.register_module()
 class CheckSegMap(BaseTransform):
     """Refuse a mask whose size or labels are wrong, naming its file.
 

@@ -9,6 +9,7 @@ from mmseg.datasets import BaseSegDataset
 
 from mmstabvim.datasets.digits import SPLITS
 from mmstabvim.datasets.scene_composer import compose_scene
+from mmstabvim.registry import DATASETS
 from mmstabvim.stability.inputs import check_choice
 
 PREFIX = 'digit-scenes'
@@ -54,6 +55,7 @@ class DigitScenesBackend(BaseStorageBackend):
         raise TypeError(f'a scene is no text file, got {str(filepath)!r}')
 
 
+@DATASETS.register_module()
 class DigitScenes(BaseSegDataset):
     """Digits over a textured background, labelled pixel by pixel.
 

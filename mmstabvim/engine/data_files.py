@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from mmengine import fileio
 from mmengine.fileio import LocalBackend
 from PIL import Image
-from torch import nn
 
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
@@ -186,19 +185,3 @@ def _load(name: str, dataset: Any, info: dict, path: str) -> None:
         raise ValueError(
             f'{name}: {path} cannot be read as image ({error})'
         ) from error
-
-
-def bare_model(model: Any, part: str) -> Any:
-    """Find the model that has a part, inside of any wrappers.
-
-    Args:
-        model (Any): Wrapped or not.
-        part (str): Attribute of the model sought, such as ``'head'``.
-
-    Returns:
-        Any: That model; the innermost one where none has the part.
-    """
-    inner = getattr(model, 'module', None)
-    if not hasattr(model, part) and isinstance(inner, nn.Module):
-        return bare_model(inner, part)
-    return model

@@ -1,4 +1,4 @@
-"""Whether the backbone, the neck and the heads of a segmentor agree."""
+"""Check that backbone, neck and heads of a segmentor fit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -50,8 +50,9 @@ def check_segmentor(model: nn.Module) -> None:
 
 
 def _is(module: Any, name: str) -> bool:
-    """Whether it is of a registered class: hooks do not import models."""
-    return isinstance(module, MODELS.get(name))
+    """Tell a module of a registered class: hooks do not import models."""
+    kind = MODELS.get(name)
+    return kind is not None and isinstance(module, kind)
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -9,10 +9,7 @@ import torch
 
 from mmstabvim import RandomStateHook
 from mmstabvim.engine.hooks import random_state_hook
-from mmstabvim.engine.hooks.random_state_hook import (
-    get_random_state,
-    set_random_state,
-)
+from mmstabvim.engine.random_state import get_random_state, set_random_state
 
 
 def draw():

@@ -437,7 +437,7 @@ def test_samples_must_agree_on_the_sweep():
     first = record([1] * 5, [0] * 5, [0.0] * 5)
     other = dict(first, modes=first['modes'][:4])
     metric.process(None, [{'robustness': first}])
-    with pytest.raises(ValueError, match='same disturbances, got 5 and 4'):
+    with pytest.raises(ValueError, match='same corruptions, got 5 and 4'):
         metric.process(None, [{'robustness': other}])
 
 

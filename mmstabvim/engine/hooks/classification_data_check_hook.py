@@ -8,7 +8,6 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmstabvim.engine.data_files import (
-    bare_model,
     exists,
     leaves,
     read_header,
@@ -20,6 +19,7 @@ from mmstabvim.engine.hooks.data_check_hook import (
     class_folders,
     class_names,
 )
+from mmstabvim.engine.runner_access import model_with
 from mmstabvim.registry import HOOKS
 
 
@@ -145,7 +145,7 @@ def _labels(dataset: Any) -> dict[int, str]:
 
 def _numbers_of_classes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Find each ``num_classes`` of a classifier, with its argument."""
-    model = bare_model(model, 'head')
+    model = model_with(model, 'head')
     head = getattr(model, 'head', None)
     loss = getattr(head, 'loss_module', None)
     for path, part in (('model.head', head), ('model.head.loss', loss)):

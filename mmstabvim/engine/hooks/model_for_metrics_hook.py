@@ -5,7 +5,7 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmstabvim.engine.hooks.stabilizer_hook import bare_model
+from mmstabvim.engine.runner_access import bare_model
 from mmstabvim.registry import HOOKS
 
 

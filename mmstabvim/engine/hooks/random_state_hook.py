@@ -1,6 +1,5 @@
 """Save and restore the random number generators with a checkpoint."""
 
-import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmstabvim.engine.random_state import get_random_state, set_random_state
 from mmstabvim.registry import HOOKS
 
 
@@ -74,31 +74,6 @@ class RandomStateHook(Hook):
         self._before_val = None
 
 
-def get_random_state() -> dict[str, Any]:
-    """States of all generators, as tensors and plain Python objects."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    words = numpy_state['state']['key'].astype(np.int64)
-    numpy_state['state']['key'] = torch.from_numpy(words)
-    return dict(
-        python=random.getstate(),
-        numpy=numpy_state,
-        torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all(),
-    )
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo :func:`get_random_state`."""
-    random.setstate(state['python'])
-    numpy_state = copy.deepcopy(state['numpy'])
-    words = numpy_state['state']['key'].cpu().numpy().astype(np.uint32)
-    numpy_state['state']['key'] = words
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(state['torch'].cpu())
-    if len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
-
-
 def _restore(state: dict[str, Any]) -> None:
     """Restore; ranks other than 0 get numbers of their own."""
     set_random_state(state)
@@ -116,7 +91,7 @@ class _RestoreAfter:
     Args:
         batches (Iterator): The loop's own.
         count (int): Number of batches before the state is restored.
-        state (dict): As of :func:`get_random_state`.
+        state (dict): As :func:`.get_random_state` returns it.
     """
 
     def __init__(

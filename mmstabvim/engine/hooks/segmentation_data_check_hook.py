@@ -9,7 +9,6 @@ from torch import nn
 
 from mmstabvim.engine.data_files import (
     UNREADABLE,
-    bare_model,
     exists,
     folders,
     open_image,
@@ -21,6 +20,7 @@ from mmstabvim.engine.hooks.data_check_hook import (
     check_count,
     class_names,
 )
+from mmstabvim.engine.runner_access import model_with
 from mmstabvim.engine.segmentor_check import check_segmentor
 from mmstabvim.registry import HOOKS
 
@@ -115,7 +115,7 @@ class SegmentationDataCheckHook(DataCheckHook):
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Heads that learn the dataset's classes, of a model in any wrapper."""
-    model = bare_model(model, 'decode_head')
+    model = model_with(model, 'decode_head')
     for name in ('decode_head', 'auxiliary_head'):
         head = getattr(model, name, None)
         heads = {name: head}

@@ -1,5 +1,6 @@
 """Bound the stable ranks of weights during training."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -9,11 +10,12 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstabvim.engine.hooks.after_step_hook import (
-    AfterStepHook,
+from mmstabvim.engine.hooks.after_step_hook import AfterStepHook
+from mmstabvim.engine.runner_access import (
+    bare_model,
+    is_resumed,
     optimizers_with,
 )
-from mmstabvim.engine.hooks.stabilizer_hook import bare_model
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.weights.kernel_normalization import (
@@ -115,7 +117,7 @@ class StableRankHook(AfterStepHook):
         self._groups = self._group(model)
         self._say_if_idle()
         # between two times that it acts a resumed run has free weights
-        resumed = self._loaded if runner._resume else None
+        resumed = self._loaded if is_resumed(runner) else None
         self.steps = resumed['steps'] if resumed else 0
         if self.steps % self.interval == 0:
             self._project_and_report()
@@ -215,7 +217,7 @@ class StableRankHook(AfterStepHook):
                 f'StableRankHook never changes {", ".join(idle)}: a share of '
                 '1 is no bound',
                 logger='current',
-                level=30,
+                level=logging.WARNING,
             )
 
 

@@ -10,21 +10,24 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmstabvim.engine.hooks.after_step_hook import (
-    AfterStepHook,
+from mmstabvim.engine.hooks.after_step_hook import AfterStepHook
+from mmstabvim.engine.hooks.stabilizer_hook import MODES
+from mmstabvim.engine.runner_access import (
     averages_of,
+    bare_model,
+    hooks_of,
+    is_resumed,
     optimizers_with,
+    refresh_average,
+    wrap_again,
 )
-from mmstabvim.engine.hooks.stabilizer_hook import MODES, bare_model
 from mmstabvim.engine.weight_reparametrization import (
     RawStates,
     join,
     live_and_average,
-    refresh_average,
     restore,
     separate,
     train_with,
-    wrap_again,
 )
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.inputs import check_choice
@@ -144,7 +147,7 @@ class WeightSpectralNormHook(AfterStepHook):
         layers = self._find(runner)
         self.names = tuple(layers)
         self._refuse_overlap(runner)
-        loaded = self._loaded if runner._resume else {}
+        loaded = self._loaded if is_resumed(runner) else {}
         self._set_bounds(layers, loaded.get('bounds', {}))
         if self.mode == 'reparam':
             self._reparametrize(runner, loaded.get('raw', {}))
@@ -199,14 +202,12 @@ class WeightSpectralNormHook(AfterStepHook):
 
     def _refuse_overlap(self, runner: Runner) -> None:
         """Two hooks that pull one weight to two norms are a mistake."""
-        for hook in runner.hooks:
-            if isinstance(hook, WeightSpectralNormHook) and hook is not self:
-                shared = set(hook.names) & set(self.names)
-                if shared:
-                    raise ValueError(
-                        'two hooks choose the same layers: '
-                        f'{sorted(shared)[:5]}'
-                    )
+        for hook in hooks_of(runner, WeightSpectralNormHook):
+            shared = set(hook.names) & set(self.names)
+            if hook is not self and shared:
+                raise ValueError(
+                    f'two hooks choose the same layers: {sorted(shared)[:5]}'
+                )
 
     def _set_bounds(
         self, layers: dict[str, nn.Module], loaded: dict[str, float]
