@@ -16,7 +16,6 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmstabvim import compat, stack
-from mmstabvim.engine.config_file import read_config
 from mmstabvim.engine.error_hints import explain_errors
 from mmstabvim.engine.mistakes import SettingError, run_tool
 from mmstabvim.engine.options import (
@@ -25,9 +24,13 @@ from mmstabvim.engine.options import (
     add_shared_options,
 )
 from mmstabvim.engine.schedule import fit_to_runner
-from mmstabvim.engine.settings_check import check_file_settings, merge_options
+from mmstabvim.engine.settings import (
+    check_file_settings,
+    check_values,
+    merge_options,
+    read_config,
+)
 from mmstabvim.engine.training_summary import training_summary
-from mmstabvim.engine.values_check import check_values
 from mmstabvim.engine.work_dir import check_file, find_checkpoint
 
 __all__ = [

@@ -26,7 +26,7 @@ _REGISTRIES = {
     'visualizer': ('VISUALIZERS', 'VISBACKENDS'),
     'log_processor': ('LOG_PROCESSORS',),
 }
-"""Where the types of a setting are looked up, by the end of its name."""
+"""Registries of a setting's types, by the end of its name."""
 
 _DEFAULT_TYPES: dict[str, Any] = {
     'train_dataloader': DataLoader,
@@ -41,7 +41,7 @@ _DEFAULT_TYPES: dict[str, Any] = {
     'visualizer': 'Visualizer',
     'model_wrapper_cfg': 'MMDistributedDataParallel',
 }
-"""What is built where a setting has no ``type``."""
+"""Classes that are built where a setting has no ``type``."""
 
 _READ_BEFORE = {
     'dataloader': {'num_batch_per_epoch'},
@@ -79,7 +79,7 @@ def accepted_names(path: str, parameters: Parameters) -> set[str]:
 
     Args:
         path (str): Dotted path of the part.
-        parameters (dict[str, Parameter]): Of its class.
+        parameters (dict[str, Parameter]): Parameters of its class.
 
     Returns:
         set[str]: All names.
