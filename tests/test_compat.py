@@ -42,7 +42,8 @@ from mmstabvim.checkpoint import (
     load_tensors,
 )
 from mmstabvim.compat import cpu_amp
-from mmstabvim.compat.config_package import _with_own_path, (
+from mmstabvim.compat.config_package import (
+    _with_own_path,
     config_module,
     hub_module,
 )
