@@ -19,7 +19,7 @@ from mmstabvim import stack
 
 
 class LazyRegistry(Registry):
-    """Registry some of whose classes are imported when they are asked for.
+    """Registry that imports some of its classes when they are looked up.
 
     Classes that derive from MMSegmentation's need it and take seconds to
     import, and users of MMPretrain need not have it.
@@ -54,7 +54,7 @@ class LazyRegistry(Registry):
             key (str): Name with or without scope.
 
         Returns:
-            type | None: As mmengine's registries; None without such a class.
+            type | None: None without such a class, as in mmengine.
 
         Raises:
             ImportError: If its toolkit is missing, with the command that
@@ -127,7 +127,7 @@ def defer_to_mmseg(
 
 
 def suggest_types(error: KeyError) -> str | None:
-    """Find registered names near the one that mmengine did not find.
+    """Find registered names near an unknown one.
 
     Args:
         error (KeyError): Raised by ``Registry.build`` for an unknown

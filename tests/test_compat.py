@@ -588,7 +588,7 @@ def test_download_goes_to_the_hub_folder_once(offline, trained, tmp_path):
 
 
 def test_weights_only_false_does_not_open_the_door(evil_file, marker):
-    """As mmengine 0.11 calls it."""
+    """mmengine 0.11 calls it so."""
     with pytest.raises(ValueError, match='refused'):
         mmengine_checkpoint.torch.load(
             evil_file, map_location='cpu', weights_only=False

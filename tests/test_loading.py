@@ -227,7 +227,7 @@ def test_nothing_or_too_little_is_an_error(tmp_path, name, key):
 
 
 def test_a_head_alone_into_a_head(tmp_path):
-    """What is asked for is counted, not what surrounds it."""
+    """Only the part that is asked for is counted."""
     torch.save({'state_dict': DONOR}, tmp_path / 'a.pth')
     head = nn.Module()
     head.fc = nn.Linear(16, 3)

@@ -31,7 +31,7 @@ def test_registered_names_are_classes(name):
 
 
 def test_a_deferred_class_is_found_from_a_root():
-    """As a config of any toolkit asks for it, before anybody imported it."""
+    """A config of any toolkit asks so, before anybody imported it."""
     pytest.importorskip('mmseg')
     code = (
         'import sys, mmstabvim\n'

@@ -1,4 +1,4 @@
-"""Shims that today's OpenMMLab stack needs, each with its end.
+"""Shims that the OpenMMLab stack needs, each with its end.
 
 ``import mmstabvim`` calls :func:`install`. Each shim does nothing where it
 is not needed, and can go when its note says so. Checkpoints are read by
@@ -54,7 +54,7 @@ def install() -> None:
 
 
 def status() -> dict[str, str]:
-    """Tell which shims are active, for a report.
+    """List the shims and their state, for a report.
 
     Returns:
         dict[str, str]: State by name of the shim.

@@ -60,7 +60,7 @@ class CamVidDataset(BaseSegDataset):
     def get_label_map(
         cls, new_classes: Sequence[str] | None = None
     ) -> dict[int, int]:
-        """Labels of the masks to those of training, void included.
+        """Map the labels of the masks to those of training, with void.
 
         Args:
             new_classes (Sequence[str], optional): Classes to keep. Defaults

@@ -188,7 +188,7 @@ def is_segmentation(cfg: Config) -> bool:
 
 
 def type_name(cfg: dict) -> str:
-    """Name of the class that a part of a config asks for.
+    """Return the name of the class that a part of a config asks for.
 
     Args:
         cfg (dict): With ``type``, a name with or without scope or a class.

@@ -51,7 +51,7 @@ def drawing_from(state: dict[str, Any]) -> Iterator[None]:
     """Draw random numbers from a state; afterwards go on as before.
 
     Args:
-        state (dict): As :func:`get_random_state` returns it.
+        state (dict): Result of :func:`get_random_state`.
     """
     before = get_random_state()
     set_random_state(state)

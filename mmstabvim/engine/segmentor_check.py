@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from mmstabvim.engine.runner_access import model_with
 from mmstabvim.registry import MODELS
 
 
@@ -23,10 +24,7 @@ def check_segmentor(model: nn.Module) -> None:
         ValueError: If ``out_type``, ``out_indices``, ``stride``,
             ``in_channels`` or ``in_index`` does not match.
     """
-    inner = getattr(model, 'module', None)
-    if not hasattr(model, 'backbone') and isinstance(inner, nn.Module):
-        check_segmentor(inner)
-        return
+    model = model_with(model, 'backbone')
     backbone: Any = getattr(model, 'backbone', None)
     neck: Any = getattr(model, 'neck', None)
     heads = list(_heads(model))
@@ -56,7 +54,7 @@ def _is(module: Any, name: str) -> bool:
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Heads that read maps by index, with their names."""
+    """Yield the heads that read maps by index, with their names."""
     for name in ('decode_head', 'auxiliary_head'):
         head: Any = getattr(model, name, None)
         parts = head if isinstance(head, nn.ModuleList) else [head]

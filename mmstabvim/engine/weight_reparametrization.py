@@ -28,7 +28,7 @@ def train_with(
     layout. Where the weight is not trained the gain is not either.
 
     Args:
-        optimizers (Iterable[Optimizer]): Those of the runner.
+        optimizers (Iterable[Optimizer]): Optimizers of the runner.
         weight (Tensor): Parameter of the model.
         gain (nn.Parameter): New parameter.
     """
@@ -72,10 +72,10 @@ def join(
 
 
 def live_and_average(raw: RawStates, averaging: bool) -> list[dict[str, Any]]:
-    """Free parameters of the model and of its average.
+    """Return the free parameters of the model and of its average.
 
     Args:
-        raw (RawStates): From a checkpoint.
+        raw (RawStates): Entry of a checkpoint.
         averaging (bool): True for a run with an ``EMAHook``, which saves
             averages as the model's state, and the model as the average's.
 

@@ -56,7 +56,7 @@ def truth_of(sample: Any) -> Tensor:
     """Return the annotation of a sample.
 
     Args:
-        sample (DataSample | SegDataSample): From the dataset.
+        sample (DataSample | SegDataSample): Sample of the dataset.
 
     Returns:
         Tensor: () or (height, width).

@@ -194,7 +194,7 @@ class SensitivityMetric(BaseMetric):
         """Keep the first images of the evaluation, normalized.
 
         Args:
-            data_batch (dict): From the dataloader.
+            data_batch (dict): Batch of the data loader.
             data_samples (Sequence[dict]): With ``gt_label``.
 
         Raises:

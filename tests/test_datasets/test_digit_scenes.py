@@ -48,7 +48,7 @@ def scenes():
 
 
 def test_scenes_are_pinned(scenes):
-    """The same digits as on every machine, at the same places."""
+    """Digits and places are equal on every machine."""
     classes = [np.unique(s.labels).tolist() for s in scenes[:4]]
     assert classes == PINNED_CLASSES
     # interpolation may differ in the last bit between versions of OpenCV

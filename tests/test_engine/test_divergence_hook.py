@@ -740,7 +740,7 @@ def test_rollback(tmp_path, by_epoch):
 
 
 def test_rollbacks_come_to_an_end(tmp_path):
-    """The same checkpoint, a quarter of the rate, then an error."""
+    """One checkpoint, a quarter of the rate, then an error."""
     rates = []
     runner = make_runner(
         tmp_path,
@@ -756,7 +756,7 @@ def test_rollbacks_come_to_an_end(tmp_path):
 
 
 def test_rollback_takes_the_newest_whole_checkpoint(tmp_path):
-    """Of CheckpointHook, if it is newer and neither damaged nor spoilt."""
+    """CheckpointHook's, if it is newer and neither damaged nor spoilt."""
     for damage, expected in (('', 4), ('torn', 2), ('spoilt', 2)):
         folder = tmp_path / f'case{damage}'
 
@@ -1044,7 +1044,7 @@ run('stop')
 
 
 def test_two_processes_decide_alike(tmp_path):
-    """What one rank has seen takes back, or stops, both."""
+    """A divergence on one rank takes back, or stops, both."""
     script = tmp_path / 'run.py'
     script.write_text(SCRIPT)
     command = [sys.executable, '-m', 'torch.distributed.run']

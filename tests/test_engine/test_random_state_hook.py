@@ -1,4 +1,4 @@
-"""What the hook stores and puts back."""
+"""Random states are stored and put back."""
 
 import random
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def test_skipped_batches_do_not_count():
 
 
 class LazyBatches:
-    """As in OneDL's loop: skipped by number, made late, drawing a seed."""
+    """Batches of OneDL's loop: skipped by number, made late, drawing a seed."""
 
     def __init__(self):
         self.made, self.skipped = False, 0

@@ -48,8 +48,8 @@ class ClassificationDataCheckHook(DataCheckHook):
     Every process checks by itself, so that all of them stop.
 
     Args:
-        samples (int): Images of each dataset that are looked into; 0 for
-            none. Defaults to 100.
+        samples (int): Number of images of each dataset that are opened; 0
+            for none. Defaults to 100.
 
     Raises:
         TypeError: If ``samples`` is no int.
@@ -63,13 +63,13 @@ class ClassificationDataCheckHook(DataCheckHook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Check the data, and what the validation counts."""
+        """Check the data, and the metrics of the validation."""
         super().before_train(runner)
         if runner.val_loop is not None:
             _check_topk('val', runner.val_loop)
 
     def before_test(self, runner: Runner) -> None:
-        """Check the data, and what the test counts."""
+        """Check the data, and the metrics of the test."""
         super().before_test(runner)
         _check_topk('test', runner.test_loop)
 

@@ -1,4 +1,4 @@
-"""Give the model to metrics that look at more than its predictions."""
+"""Give the model to metrics that need more than its predictions."""
 
 from typing import Any
 

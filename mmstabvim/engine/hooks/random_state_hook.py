@@ -38,7 +38,7 @@ class RandomStateHook(Hook):
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the state; during validation that from before it."""
+        """Store the state; during a validation the one from before it."""
         checkpoint['random_state'] = self._before_val or get_random_state()
 
     def after_load_checkpoint(
@@ -91,7 +91,7 @@ class _RestoreAfter:
     Args:
         batches (Iterator): The loop's own.
         count (int): Number of batches before the state is restored.
-        state (dict): As :func:`.get_random_state` returns it.
+        state (dict): Result of :func:`.get_random_state`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class _RestoreAfter:
         return self
 
     def __next__(self) -> Any:
-        """Give the next batch, after the restoration where it is due."""
+        """Return the next batch, after the restoration where it is due."""
         if self._left == 0:
             _restore(self._state)
         self._left -= 1

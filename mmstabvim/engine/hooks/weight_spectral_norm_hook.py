@@ -52,8 +52,8 @@ CHECKPOINT_KEY = 'weight_spectral_norm'
 class WeightSpectralNormHook(AfterStepHook):
     """``W <- W / max(1, norm(W) / max_norm)`` after each optimizer step.
 
-    The norm is the largest singular value of what the layer does to its
-    input, biases aside: exact for linear layers and for patch embeddings
+    The norm is the largest singular value of the layer as a linear map of its
+    input, without the bias: exact for linear layers and for patch embeddings
     whose patches do not overlap, at most 0.07 % too large for depthwise
     convolutions along a sequence, a bound for other convolutions.
 
@@ -194,14 +194,14 @@ class WeightSpectralNormHook(AfterStepHook):
         project_norms_(self._groups, self.bounds, self.rule, steps)
 
     def norms(self, runner: Runner) -> dict[str, float]:
-        """The layers' norms now, exact or bounds; changes nothing."""
+        """Return the layers' norms, exact or bounds; changes nothing."""
         return layer_norms(self._find(runner))
 
     def _find(self, runner: Runner) -> dict[str, nn.Module]:
         return find_layers(bare_model(runner.model), self.patterns)
 
     def _refuse_overlap(self, runner: Runner) -> None:
-        """Two hooks that pull one weight to two norms are a mistake."""
+        """Refuse two hooks that pull one weight to two norms."""
         for hook in hooks_of(runner, WeightSpectralNormHook):
             shared = set(hook.names) & set(self.names)
             if hook is not self and shared:
@@ -212,7 +212,7 @@ class WeightSpectralNormHook(AfterStepHook):
     def _set_bounds(
         self, layers: dict[str, nn.Module], loaded: dict[str, float]
     ) -> None:
-        """The bound of each layer; that of the start if this counts."""
+        """Set the bound of each layer, the norm at the start for ``init``."""
         if self.max_norm != 'init':
             self.bounds = dict.fromkeys(layers, float(self.max_norm))
             return
@@ -226,7 +226,7 @@ class WeightSpectralNormHook(AfterStepHook):
     def _start(
         self, layers: dict[str, nn.Module], loaded: dict[str, Any]
     ) -> None:
-        """Project what was not projected before, and find its vectors."""
+        """Project the weights that were not projected before."""
         for name, layer in layers.items():
             if parametrize.is_parametrized(layer, 'weight'):
                 raise ValueError(

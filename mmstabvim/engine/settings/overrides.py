@@ -40,7 +40,7 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def _is_replaced(option: str, options: Mapping[str, Any]) -> bool:
-    """Tell whether ``_delete_`` among the options empties a part first."""
+    """Tell if ``_delete_`` among the options empties a part first."""
     return any(
         other.endswith('._delete_')
         and option.startswith(other.removesuffix('_delete_'))
@@ -114,7 +114,7 @@ def _check_kind(cfg: Config, option: str, old: Any, new: Any) -> None:
 
 
 def _may_be_text(cfg: Config, option: str) -> bool:
-    """Tell whether a class that takes a number here takes text, too."""
+    """Tell if a class that takes a number here takes text, too."""
     path, _, name = option.rpartition('.')
     node = get_path(cfg, path)
     if not isinstance(node, Mapping):
@@ -148,7 +148,7 @@ def _check_read(old: Config, cfg: Config, option: str) -> None:
 
 
 def _describe(cfg: Config, option: str, path: str, key: str) -> str:
-    """Say why an option has no effect, and what was meant."""
+    """Explain why an option has no effect, with near names."""
     if path:
         reason = f'{path} has no {key!r}, so nothing reads it'
     elif key in cfg and key != 'data_preprocessor':
