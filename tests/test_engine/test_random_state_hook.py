@@ -69,7 +69,7 @@ def test_skipped_batches_do_not_count():
 
 
 class LazyBatches:
-    """Batches of OneDL's loop: skipped by number, made late, drawing a seed."""
+    """Batches of OneDL's loop: skipped by number, made late, with a seed."""
 
     def __init__(self):
         self.made, self.skipped = False, 0

@@ -62,7 +62,7 @@ def test_resume_repeats_the_uninterrupted_run(run, kind, ema):
 
 @pytest.mark.parametrize(('kind', 'ema'), CASES)
 def test_going_back_in_training(run, kind, ema):
-    """Return to a file, after a divergence: weights, vectors, averages of the file."""
+    """Weights, vectors and averages become those of the file."""
     run.hooks = [KINDS[kind]] + [EMA] * ema
     runner = run.train()
     models = [runner.model] + ([average_of(runner)] if ema else [])
