@@ -75,6 +75,12 @@ class Digits(BaseDataset):
         ValueError: If ``split`` is unknown or ``img_size`` is not positive.
         TypeError: If ``img_size`` is no int, or at an unknown keyword.
 
+    Example:
+        >>> from mmstabvim import Digits
+        >>> sample = Digits('test')[0]
+        >>> sample['img'].shape, sample['gt_label']
+        ((32, 32, 3), 0)
+
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten
     Digits", UCI Machine Learning Repository, 1998 (its test set), through
     ``sklearn.datasets.load_digits``.

@@ -38,10 +38,15 @@ def compose_scene(
         split (str): ``'train'`` or ``'test'``, whose digits are used.
         index (int): Number of the scene, at least 0.
         size (int): Height and width, pixels. Defaults to 64.
-        seed (int): Another one, other scenes. Defaults to 0.
+        seed (int): Seed of the scene. Defaults to 0.
 
     Returns:
         Scene: Shared for equal arguments, not to be written to.
+
+    Example:
+        >>> from mmstabvim.datasets.scene_composer import compose_scene
+        >>> compose_scene('test', 0).image.shape
+        (64, 64, 3)
     """
     # the legacy generator, whose numbers NumPy promises never to change
     rng = np.random.RandomState([seed, SPLITS.index(split), index])

@@ -146,12 +146,35 @@ def accumulative_counts(wrapper: OptimWrapper) -> int:
     return getattr(wrapper, '_accumulative_counts', 1)
 
 
-def schedulers_of(runner: Runner) -> list[Any]:
+def _schedulers_of(runner: Runner) -> list[Any]:
     """List the parameter schedulers of a runner."""
     schedulers = runner.param_schedulers or []
     if isinstance(schedulers, dict):
         return [s for group in schedulers.values() for s in group]
     return list(schedulers)
+
+
+def scale_learning_rate(runner: Runner, factor: float) -> None:
+    """Multiply the learning rate, now and in the rest of the schedule.
+
+    Args:
+        runner (Runner): In training.
+        factor (float): Positive.
+    """
+    for wrapper in optim_wrappers(runner.optim_wrapper):
+        for group in wrapper.param_groups:
+            for key in ('lr', 'initial_lr', 'max_lr', 'min_lr'):
+                if key in group:
+                    group[key] = group[key] * factor
+    for scheduler in _schedulers_of(runner):
+        if scheduler.param_name != 'lr':
+            continue
+        for key in ('base_values', 'min_values', '_last_value'):
+            values = getattr(scheduler, key, None)
+            if values is not None:
+                setattr(scheduler, key, [v * factor for v in values])
+        if getattr(scheduler, 'eta_min', None) is not None:
+            scheduler.eta_min *= factor
 
 
 # -------------------------------------------------------- hooks, progress

@@ -109,6 +109,14 @@ class FourierNoise(Corruption):
             the patch embedding, along one direction. Defaults to
             ``'token'``.
         seed (int): Seed of that direction. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> from mmstabvim.evaluation.corruptions import FourierNoise, Size
+        >>> from mmstabvim.evaluation.fourier_modes import Grid
+        >>> noise = FourierNoise(Size(1.0, relative=False, value_range=1), 0.5)
+        >>> noise(torch.zeros(1, 1, 4), Grid(1, 4))
+        tensor([[[ 1., -1.,  1., -1.]]])
     """
 
     def __init__(
@@ -287,6 +295,14 @@ def make_corruption(
     Raises:
         TypeError: If the class does not know an option.
         ValueError: If the name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from mmstabvim.evaluation.corruptions import Size, make_corruption
+        >>> from mmstabvim.evaluation.fourier_modes import Grid
+        >>> brighter = make_corruption('brighter', Size(0.1, relative=False))
+        >>> brighter(torch.zeros(1, 1, 2), Grid(1, 2))
+        tensor([[[25.5000, 25.5000]]])
     """
     check_choice('corruption', name, CORRUPTIONS)
     if name == 'gaussian':

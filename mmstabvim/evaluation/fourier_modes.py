@@ -51,6 +51,11 @@ def mode_frequencies(length: int, count: int | None = None) -> list[float]:
 
     Raises:
         ValueError: If ``length`` or ``count`` is not positive.
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import mode_frequencies
+        >>> mode_frequencies(8)
+        [0.0, 0.125, 0.25, 0.375, 0.5]
     """
     for name, value in (('length', length), ('count', count)):
         if value is not None and value < 1:
@@ -76,6 +81,11 @@ def plane_wave(frequency: float, columns: int) -> tuple[float, float]:
     Returns:
         tuple[float, float]: x in cycles per column, y in cycles per row, the
         latter in [0, 1).
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import plane_wave
+        >>> plane_wave(0.25, columns=14)  # 3.5 periods in a row
+        (0.25, 0.5)
     """
     return frequency, frequency * columns % 1.0
 
@@ -90,6 +100,11 @@ def token_frequency(omega: float, delta: float) -> float:
 
     Returns:
         float: Cycles per token, 0 to 1/2; faster ones look like these.
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import token_frequency
+        >>> round(token_frequency(omega=100.0, delta=0.01), 4)
+        0.1592
     """
     turns = abs(delta * omega) / (2 * math.pi) % 1.0
     return min(turns, 1.0 - turns)
@@ -119,6 +134,11 @@ def fourier_mode(
     Raises:
         ValueError: If the mode is zero everywhere, as a sine of frequency 0
             or 1/2 is.
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import Grid, fourier_mode
+        >>> fourier_mode(Grid(rows=1, columns=4), frequency=0.5)
+        tensor([[ 1., -1.,  1., -1.]], dtype=torch.float64)
     """
     height, width = size or (grid.rows, grid.columns)
     tall, wide = grid.cell if size else (1, 1)
@@ -171,6 +191,12 @@ def rms_contrast(image: Tensor) -> Tensor:
 
     Returns:
         Tensor: (...,), float32 or wider, in units of the image.
+
+    Example:
+        >>> import torch
+        >>> from mmstabvim.evaluation.fourier_modes import rms_contrast
+        >>> rms_contrast(torch.tensor([[[0.0, 2.0]]]))
+        tensor(1.)
     """
     wide = image.to(torch.promote_types(image.dtype, torch.float32))
     return wide.var(dim=(-2, -1), correction=0).mean(-1).sqrt()

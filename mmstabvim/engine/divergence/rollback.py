@@ -21,7 +21,6 @@ from mmstabvim.engine.runner_access import (
     bare_model,
     hooks_of,
     optim_wrappers,
-    schedulers_of,
 )
 
 FILE_NAME = 'last_good.pth'
@@ -163,26 +162,3 @@ def _load_histories(
     for name, history in histories.items():
         if name.startswith('train/'):
             current[name] = history
-
-
-def scale_learning_rate(runner: Runner, factor: float) -> None:
-    """Multiply the learning rate, now and in the rest of the schedule.
-
-    Args:
-        runner (Runner): In training.
-        factor (float): Positive.
-    """
-    for wrapper in optim_wrappers(runner.optim_wrapper):
-        for group in wrapper.param_groups:
-            for key in ('lr', 'initial_lr', 'max_lr', 'min_lr'):
-                if key in group:
-                    group[key] = group[key] * factor
-    for scheduler in schedulers_of(runner):
-        if scheduler.param_name != 'lr':
-            continue
-        for key in ('base_values', 'min_values', '_last_value'):
-            values = getattr(scheduler, key, None)
-            if values is not None:
-                setattr(scheduler, key, [v * factor for v in values])
-        if getattr(scheduler, 'eta_min', None) is not None:
-            scheduler.eta_min *= factor

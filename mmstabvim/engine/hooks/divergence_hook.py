@@ -23,7 +23,6 @@ from mmstabvim.engine.divergence.rollback import (
     remove_last_good,
     roll_back,
     save_last_good,
-    scale_learning_rate,
 )
 from mmstabvim.engine.divergence.step_watch import StepWatch
 from mmstabvim.engine.random_state import get_random_state
@@ -31,6 +30,7 @@ from mmstabvim.engine.runner_access import (
     bare_model,
     optim_wrappers,
     progress_after,
+    scale_learning_rate,
 )
 from mmstabvim.layers.state_matrix import state_matrices
 from mmstabvim.registry import HOOKS
