@@ -68,7 +68,7 @@ def load_config(args: argparse.Namespace) -> Config:
     ``--cfg-options`` come first, so every other option sees them.
 
     Args:
-        args (argparse.Namespace): With ``config`` and the shared options.
+        args (argparse.Namespace): ``config`` and the shared options.
 
     Returns:
         Config: The merged config, with ``work_dir`` and ``launcher`` set.
@@ -179,7 +179,7 @@ def is_segmentation(cfg: Config) -> bool:
     """Tell if the config is one of MMSegmentation.
 
     Args:
-        cfg (Config): Its ``default_scope`` decides.
+        cfg (Config): Any config; its ``default_scope`` decides.
 
     Returns:
         bool: False for classification.
@@ -191,7 +191,8 @@ def type_name(cfg: dict) -> str:
     """Return the name of the class that a part of a config asks for.
 
     Args:
-        cfg (dict): With ``type``, a name with or without scope or a class.
+        cfg (dict): Part of a config; its ``type`` is a name, with or without
+            scope, or a class.
 
     Returns:
         str: The bare name, empty without ``type``.
@@ -231,7 +232,7 @@ def build_runner(cfg: Config) -> Any:
     """Build the runner that the config asks for.
 
     Args:
-        cfg (Config): With ``runner_type`` for another one than
+        cfg (Config): Whole config, with ``runner_type`` for another one than
             ``mmengine.Runner``.
 
     Returns:

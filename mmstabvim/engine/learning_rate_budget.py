@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
+
+from mmstabvim.engine.runner_access import optim_wrappers
 
 MOST = 3.2
 """Largest move of a parameter by Adam with its usual betas, over the sum of
@@ -31,11 +32,11 @@ def adam_budget(runner: Runner, parameters: Iterable[Tensor]) -> float | None:
         float | None: The sum; None for other optimizers, and where it cannot
         be known before.
     """
-    wrapper = runner.optim_wrapper
+    wrappers = optim_wrappers(runner.optim_wrapper)
     schedulers = runner.param_schedulers or []
-    if isinstance(wrapper, OptimWrapperDict) or isinstance(schedulers, dict):
+    if len(wrappers) > 1 or isinstance(schedulers, dict):
         return None
-    optimizer = wrapper.optimizer
+    optimizer = wrappers[0].optimizer
     if 'adam' not in type(optimizer).__name__.lower():
         return None
     wanted = {id(p) for p in parameters}

@@ -124,7 +124,7 @@ def _where(trace: StepTrace) -> Iterator[str]:
                 f'{first.dtype} (autocast: {first.autocast}); '
                 f'{first.nonfinite:.3g} of its elements are not finite.'
             )
-    # those of a forward pass that is not finite say nothing
+    # gradients say nothing where the forward pass is not finite
     in_backward = first is None or first.role.startswith('gradient')
     for what, names in (
         ('Parameters', trace.parameters),

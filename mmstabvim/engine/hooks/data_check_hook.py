@@ -211,7 +211,7 @@ def _unbuilt_test_set(runner: Runner) -> Any:
         dataset = DATASETS.build({**cfg, 'pipeline': (), 'lazy_init': True})
         if not class_names(dataset):
             dataset.full_init()
-    # of any dataset whose files are not there, or that takes no lazy_init
+    # the files may be missing, or the dataset takes no lazy_init
     except Exception as error:
         runner.logger.info(f'classes of the test data not checked: {error}')
         return None

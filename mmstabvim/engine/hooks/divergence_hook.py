@@ -189,7 +189,7 @@ class DivergenceHook(Hook):
                 'DivergenceHook wants a Runner of mmengine, got a '
                 f'{type(runner).__name__}'
             )
-        # of a resumed run; a checkpoint may also be only where one starts
+        # only where a run goes on: a checkpoint may also be its start
         loaded = self._loaded if runner.iter else {}
         self._loaded = {}
         wrappers = optim_wrappers(runner.optim_wrapper)

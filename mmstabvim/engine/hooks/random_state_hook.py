@@ -115,5 +115,5 @@ class _RestoreAfter:
         batches: Any = self._batches
         batches.skip_iter(count)
         self._left -= count
-        # else made by the next batch, and its seed drawn after the restoration
+        # otherwise the next batch makes it, and draws its seed too late
         batches._ensure_iterator()
