@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from mmengine.registry import MODELS, DefaultScope, Registry
 
 import mmstabvim
 from mmstabvim import registry
+from mmstabvim.registry import suggest_types
 
 REGISTRIES = {
     name: value
@@ -47,7 +49,51 @@ def test_a_deferred_class_is_found_from_a_root():
     assert done.stdout.split()[-1] == 'mmstabvim.datasets.camvid'
 
 
+def failed_build(type_, scope):
+    overwrite = DefaultScope.overwrite_default_scope
+    with overwrite(scope), pytest.raises(KeyError) as info:
+        MODELS.build({'type': type_})
+    return info.value
+
+
+def test_near_names_of_the_own_scope():
+    error = failed_build('mmstabvim.VisonMamba', 'mmpretrain')
+    assert suggest_types(error).startswith('near names: mmstabvim.VisionMamba')
+
+
+@pytest.mark.parametrize('wanted', ['ImageClasifier', 'imageclassifier'])
+def test_near_names_of_the_host(wanted):
+    error = failed_build(wanted, 'mmpretrain')
+    assert suggest_types(error).startswith('near names: ImageClassifier')
+
+
+def test_near_name_in_another_scope():
+    """A forgotten scope is found, and written with it."""
+    error = failed_build('VisionMamba', 'mmpretrain')
+    assert 'mmstabvim.VisionMamba' in suggest_types(error)
+
+
+def test_near_name_in_a_toolkit_not_yet_imported(tmp_path, monkeypatch):
+    """Its modules are imported; one that does not import is passed over."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(MODELS, '_children', {**MODELS.children})
+    for scope in ('brokenscope', 'toyscope'):
+        locations = [f'{scope}_models']
+        Registry('model', parent=MODELS, scope=scope, locations=locations)
+    (tmp_path / 'toyscope_models.py').write_text(
+        'from mmengine.registry import MODELS\n'
+        'MODELS.children["toyscope"].register_module("ToyNetwork", module=int)'
+    )
+    error = failed_build('ToyNetwrok', None)
+    assert suggest_types(error) == 'near names: toyscope.ToyNetwork'
+
+
+def test_no_near_name():
+    assert suggest_types(failed_build('Qwxyz', None)) is None
+    assert suggest_types(KeyError('another error')) is None
+
+
 def test_near_names_of_a_deferred_class():
     with pytest.raises(KeyError) as error:
         registry.DATASETS.build(dict(type='mmstabvim.DigitScene'))
-    assert 'DigitScenes' in registry.suggest_types(error.value)
+    assert 'DigitScenes' in suggest_types(error.value)
