@@ -1,4 +1,4 @@
-"""Print sizes of the tree, as a Markdown table: `python .ci/measure.py [PATH]`.
+"""Print sizes of the tree as a Markdown table: `python .ci/measure.py [PATH]`.
 
 PATH is a checkout, by default this one.
 """

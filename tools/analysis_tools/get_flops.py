@@ -404,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.disable(logging.INFO)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    with launch.clear_errors(), Progress(console=errors) as progress:
+    with launch.explain_errors(), Progress(console=errors) as progress:
         cfg, model = build_model(args)
         height, width = image_shape(args, cfg)
         image = torch.randn(1, 3, height, width).to(args.device)
