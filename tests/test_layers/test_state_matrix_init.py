@@ -162,7 +162,7 @@ def test_ptd_of_a_full_matrix(block_size, rank, optimize):
     assert E[inside].abs().min() > 1e-5
     assert not inside.all() or rank == 0
     assert (~inside).sum() == 0 or E[~inside].abs().max() <= 1e-5
-    assert matrix.condition() < 100
+    assert matrix.condition().max() < 100
     assert matrix.eigenbasis().kind(1e3, True) == COMPLEX64
 
 
@@ -180,8 +180,11 @@ def test_ptd_of_a_complex_matrix():
         assert_same_values(matrix.eigenvalues(), basis.eigenvalues, 1e-5)
     assert real.multiplicity == real.numbers == 1
     assert bare.multiplicity == bare.numbers == 2
-    assert real.condition().item() == pytest.approx(basis.condition, rel=1e-3)
-    assert bare.condition() == 1
+    condition = float(basis.condition)
+    assert real.condition().tolist() == pytest.approx(
+        [condition] * 4, rel=1e-3
+    )
+    assert bare.condition().tolist() == [1.0] * 4
     wanted = hippo_legs(8)[0] + basis.perturbation
     for dense in real.dense().to(torch.complex128):
         assert (dense - wanted).abs().max() <= 1e-3
@@ -331,7 +334,7 @@ def test_training_keeps_the_matrix_real():
     start = ssm.state_matrix.eigenvalues().detach()
     for _ in range(4):
         optimizer.zero_grad()
-        ssm(10 * torch.randn(1, 2, 9, 4)).sin().sum().backward()
+        ssm(3 * torch.randn(1, 2, 9, 4)).sin().sum().backward()
         optimizer.step()
     values = ssm.state_matrix.eigenvalues()
     assert (values - start).abs().max() > 1e-4

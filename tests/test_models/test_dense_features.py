@@ -306,7 +306,7 @@ MISFITS = [
     (dict(in_channels=1), 'in_channels 1, the model 3'),
     (dict(arch=ARCH | dict(num_layers=2)), '2 layers, the model 3'),
     (dict(arch=ARCH | dict(num_layers=4)), '4 layers, the model 3'),
-    (dict(arch=ARCH | dict(d_state=5)), r'A_log is \(16, 5\)'),
+    (dict(arch=ARCH | dict(d_state=5)), r'A_log is \(32, 5\)'),
     (
         dict(cls_token=None, out_type='raw'),
         "cls_token None, the model 'middle'",
