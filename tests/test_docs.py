@@ -470,6 +470,10 @@ def test_own_masks(folder):
 # --- all pages --------------------------------------------------------------
 
 
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
 def test_every_fence_is_a_block(path):
     """None that the tests overlook, of a kind that they know."""
@@ -477,6 +481,72 @@ def test_every_fence_is_a_block(path):
     found = all_blocks(path)
     assert len(fences) == 2 * len(found)
     assert {b.language for b in found} <= {'python', 'shell', *OUTPUT}
+
+
+LINK = re.compile(r'\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)"')
+CODE = re.compile(r'^( *)```.*?^\1```$|`[^`\n]+`', re.M | re.S)
+ELSEWHERE_ON_THE_NET = ('http://', 'https://', 'mailto:')
+TEXTS = [*PAGES, ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md']
+
+
+def slug(heading):
+    """Anchor that GitHub and MyST give a heading."""
+    words = re.sub(r'[^\w\- ]', '', heading.strip().lower())
+    return words.replace(' ', '-')
+
+
+def broken_links(path):
+    """Links and images of a page that lead nowhere."""
+    broken = []
+    for groups in LINK.findall(CODE.sub('', path.read_text())):
+        link = ''.join(groups)
+        if link.startswith(ELSEWHERE_ON_THE_NET):
+            continue
+        place, _, anchor = link.partition('#')
+        target = (path.parent / place).resolve() if place else path
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            found = re.findall(r'^#+ (.+)$', target.read_text(), re.M)
+            if anchor not in map(slug, found):
+                broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=relative)
+def test_links_lead_somewhere(path):
+    assert not broken_links(path)
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / 'there.md').write_text('# A Heading, here\n')
+    page = tmp_path / 'page.md'
+    page.write_text(
+        '[a](there.md) [b](there.md#a-heading-here) [c](there.md#b)\n'
+        '![d](no.png) `[e](code)` <img src="no.svg"> [f](https://g.h)\n'
+        '```text\n[g](code)\n```\n'
+    )
+    assert broken_links(page) == ['there.md#b', 'no.png', 'no.svg']
+
+
+PICTURES = ('.png', '.svg', '.pdf')
+
+
+def test_results_are_small():
+    """One picture per figure, no page of a megabyte, no large archive."""
+    listed = ['git', 'ls-files', '-z', 'docs']
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    named = [ROOT / name for name in done.stdout.split('\0') if name]
+    paths = [path for path in named if path.exists()]
+    if not paths:
+        pytest.skip('needs a clone')
+    pictures = [p.with_suffix('') for p in paths if p.suffix in PICTURES]
+    assert len(pictures) == len({*pictures})
+    limit = {'.xz': 300_000, '.csv': 100_000}
+    for path in paths:
+        assert path.suffix not in ('.html', '.pdf'), path
+        assert path.stat().st_size <= limit.get(path.suffix, 250_000), path
+    assert sum(path.stat().st_size for path in paths) <= 5_000_000
 
 
 @pytest.mark.parametrize(
