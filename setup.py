@@ -106,7 +106,14 @@ ONEDL = [
     'regex',
 ]
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'timm>=1.0']
-DEV = ['ruff>=0.12', 'mypy>=1.11', 'pre-commit>=3.5']
+DEV = [
+    'ruff>=0.12',
+    'mypy>=1.11',
+    'codespell>=2.3',
+    'pytest-cov>=7',
+    'pre-commit>=3.5',
+]
+DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo>=2024.8', 'sphinx-copybutton']
 
 setup(
     name='mmstabvim',
@@ -157,5 +164,6 @@ setup(
         'onedl': ONEDL,
         'test': TEST,
         'dev': [*TEST, *DEV],
+        'docs': DOCS,
     },
 )

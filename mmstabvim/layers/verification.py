@@ -114,7 +114,8 @@ def verify(
     Source: docs/stabilizers.md.
 
     Example:
-        >>> model = VisionMamba('nano', img_size=32, patch_size=4)
+        >>> from mmstabvim import VisionMamba
+        >>> model = VisionMamba(dict(embed_dims=16, num_layers=2))
         >>> max(row.abscissa for row in verify(model, length=65))
         -1.0
     """

@@ -42,8 +42,11 @@ class StabilityLoss(nn.Module):
         ValueError: If a name is unknown or the weight is negative.
 
     Example:
-        >>> loss = F.cross_entropy(model(images), labels)
-        >>> loss = loss + StabilityLoss(reduction='mean')(model)
+        >>> from mmstabvim import VisionMamba
+        >>> arch = dict(embed_dims=16, num_layers=2)
+        >>> model = VisionMamba(arch, state_matrix=dict(type='signed'))
+        >>> StabilityLoss(eps=-2.0, reduction='mean')(model).item() > 0
+        True
     """
 
     def __init__(

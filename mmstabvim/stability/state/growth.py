@@ -120,6 +120,7 @@ def state_gain_bound(
     Source: docs/stabilizers.md.
 
     Example:
+        >>> import math
         >>> one = torch.ones(())
         >>> state_gain_bound(one, -0.01 * one, one, math.inf).round().item()
         101.0

@@ -75,7 +75,8 @@ def eigenvalues(A: Tensor) -> Tensor:
     Source: Horn and Johnson, Matrix Analysis, Sec. 6.3.
 
     Example:
-        >>> eigenvalues(torch.tensor([[0.0, 2.0], [-2.0, 0.0]])).imag.tolist()
+        >>> A = torch.tensor([[0.0, 2.0], [-2.0, 0.0]])
+        >>> eigenvalues(A).imag.float().tolist()
         [2.0, -2.0]
     """
     matrix = dense('A', A)
