@@ -468,7 +468,7 @@ def test_plain_pytorch_example(capsys):
 
 
 def test_plain_pytorch_example_of_the_readme():
-    """It runs as it stands there; any bound that it sets holds."""
+    """It runs as it stands there, and its bound holds."""
     (code,) = [
         block
         for block in blocks(README, 'python')
@@ -477,11 +477,8 @@ def test_plain_pytorch_example_of_the_readme():
     names = {}
     exec(compile(code, str(README), 'exec'), names)
     assert all(x.isfinite().all() for x in names['features'])
-    bound = re.search(r'rho_max=([\d.]+)', code)
     for matrix in state_matrices(names['backbone']).values():
-        if bound:
-            assert matrix.spectral_radius().max() <= float(bound[1]) + 1e-4
-            assert matrix.spectral_abscissa().max() <= -0.01 + 1e-6
+        assert matrix.spectral_abscissa().max() <= -0.01 + 1e-6
 
 
 # --- mim --------------------------------------------------------------------

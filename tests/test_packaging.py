@@ -450,3 +450,15 @@ def test_targets_install_what_they_need(tmp_path, target):
     name = 'docs' if target == 'docs' else 'dev'
     assert f'pip install -r requirements/{name}.txt' in done.stdout
     assert re.search(f'^make {target} ', make('help').stdout, re.MULTILINE)
+
+
+def test_one_version_everywhere():
+    """Package, citation and changelog name the same one."""
+    number = re.escape(version())
+    for name, pattern in {
+        'CITATION.cff': rf'^version: {number}$',
+        'README.md': rf'version = {{{number}}}',
+        'CHANGELOG.md': rf'^## {number}\b',
+    }.items():
+        text = (ROOT / name).read_text(encoding='utf-8')
+        assert re.search(pattern, text, re.MULTILINE), name
