@@ -22,6 +22,7 @@ _PUBLIC = {
     'DigitScenes': 'mmstabvim.datasets',
     'Digits': 'mmstabvim.datasets',
     'DivergenceHook': 'mmstabvim.engine',
+    'EarlierLayoutHook': 'mmstabvim.engine',
     'EigenvalueClampingHook': 'mmstabvim.engine',
     'EntropyLoss': 'mmstabvim.models',
     'JacobianLoss': 'mmstabvim.models',

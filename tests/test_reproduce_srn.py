@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmstabvim.stability import kernel_stable_rank, squared_gains
-from mmstabvim.stability.weights.kernel_descent import SphereObjective
+from mmstabvim.stability.weights.kernel_baselines import SphereObjective
 from mmstabvim.stability.weights.sphere import random_points
 from mmstabvim.visualization import (
     descent_figure,

@@ -3,6 +3,7 @@
 from mmstabvim.engine.hooks import (
     ClassificationDataCheckHook,
     DivergenceHook,
+    EarlierLayoutHook,
     EigenvalueClampingHook,
     ModelForMetricsHook,
     RandomStateHook,
@@ -18,6 +19,7 @@ from mmstabvim.engine.optimizers import LayerDecayOptimWrapperConstructor
 __all__ = [
     'ClassificationDataCheckHook',
     'DivergenceHook',
+    'EarlierLayoutHook',
     'EigenvalueClampingHook',
     'LayerDecayOptimWrapperConstructor',
     'ModelForMetricsHook',

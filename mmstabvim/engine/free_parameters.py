@@ -44,10 +44,10 @@ def separate(
 def _exchange(
     matrix: StateMatrix, state: dict[str, Any], prefix: str
 ) -> dict[str, Tensor]:
-    names = [name for name, _ in matrix.named_parameters(recurse=False)]
+    names = matrix.parametrization.names
     free = {name: state[prefix + name] for name in names}
     used = matrix.in_use(tuple(free.values()))
-    for name, value in zip(names, used, strict=True):
+    for name, value in zip(names, used, strict=False):
         state[prefix + name] = value.to(free[name].dtype)
     return {name: value.detach().clone() for name, value in free.items()}
 

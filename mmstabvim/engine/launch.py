@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from mmstabvim import compat, registry, stack
 from mmstabvim.engine.config_file import read_config
+from mmstabvim.engine.hooks.earlier_layout_hook import EarlierLayoutHook
 from mmstabvim.engine.mistakes import SettingError, UnknownTypeError, run_tool
 from mmstabvim.engine.schedule import fit_to_runner
 from mmstabvim.engine.settings_check import check_file_settings, merge_options
@@ -311,9 +312,11 @@ def build_runner(cfg: Config) -> Any:
         into a training that is shorter than the warm-up.
     """
     if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    runner = Runner.from_cfg(cfg)
-    fit_to_runner(runner)
+        runner = RUNNERS.build(cfg)
+    else:
+        runner = Runner.from_cfg(cfg)
+        fit_to_runner(runner)
+    runner.register_hook(EarlierLayoutHook())
     return runner
 
 

@@ -5,8 +5,9 @@ from mmstabvim.layers.mamba_mixer import MambaMixer
 from mmstabvim.layers.patch_embed import PatchEmbed
 from mmstabvim.layers.rms_norm import RMSNorm
 from mmstabvim.layers.rotary_embedding import RotaryEmbedding2d
+from mmstabvim.layers.scan_order import ScanOrder
 from mmstabvim.layers.selective_ssm import SelectiveSSM
-from mmstabvim.layers.state_matrix import NegExpStateMatrix
+from mmstabvim.layers.state_matrix import StateMatrix, state_matrices
 from mmstabvim.layers.verification import (
     StabilityError,
     Verification,
@@ -19,15 +20,17 @@ from mmstabvim.layers.vision_mamba_block import VisionMambaBlock
 __all__ = [
     'DropPath',
     'MambaMixer',
-    'NegExpStateMatrix',
     'PatchEmbed',
     'RMSNorm',
     'RotaryEmbedding2d',
+    'ScanOrder',
     'SelectiveSSM',
     'StabilityError',
+    'StateMatrix',
     'Verification',
     'VerifiedMatrix',
     'VisionMambaBlock',
     'scan_kind',
+    'state_matrices',
     'verify',
 ]

@@ -4,21 +4,17 @@ Under autocast the projections and the outputs of convolution, scan, gate and
 mixer are in half precision; step size, drive and state stay in float32.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmstabvim.layers.mamba_mixer import MambaMixer
+from mmstabvim.layers.mamba_mixer import DirectionWeights, MambaMixer
 from mmstabvim.layers.rms_norm import RMSNorm
-from mmstabvim.layers.selective_ssm import SelectiveSSM, run_directions
-from mmstabvim.layers.state_matrix import (
-    FullStateMatrix,
-    ScanMatrices,
-)
-from mmstabvim.ops import causal_conv1d_directions, gated_merge
+from mmstabvim.layers.selective_ssm import SelectiveSSM
+from mmstabvim.layers.state_matrix import Full, ScanMatrices, StateMatrix
+from mmstabvim.ops import gated_merge
 from mmstabvim.ops.selective_scan.discretization import phi1
 from mmstabvim.stability.ranges.certified import (
     Interval,
@@ -88,9 +84,17 @@ def certify_mixer(
     scale = norm.weight.detach().double().cpu()
     weight = mixer.in_proj.weight.detach().double().cpu()
     x, z = (NormedLinear(half, scale) for half in weight.chunk(2))
+    changes = _basis_changes(mixer.ssm)
     directions = [
-        _certify_direction(d, x, slack)
-        for d in cast(Iterable[SelectiveSSM], mixer.directions)
+        _certify_direction(
+            mixer.ssm,
+            k,
+            weights,
+            x,
+            None if changes is None else changes[k],
+            slack,
+        )
+        for k, weights in enumerate(mixer.direction_weights())
     ]
     gate = (1 + slack) * z.outputs
     y = torch.stack([found['y'] for found in directions]).mean(0)
@@ -128,73 +132,73 @@ def _check_finite(*modules: torch.nn.Module) -> None:
 
 
 def _certify_direction(
-    direction: SelectiveSSM, x: NormedLinear, slack: float
+    ssm: SelectiveSSM,
+    number: int,
+    weights: DirectionWeights,
+    x: NormedLinear,
+    system: ScanMatrices | None,
+    slack: float,
 ) -> Ranges:
-    """Bound the tensors of one direction; ``x`` is what it reads."""
-    conv, step = direction.conv1d, direction.dt_proj
-    taps = conv.weight.detach().squeeze(1).double().cpu()
-    bias = cast(Tensor, conv.bias).detach().double().cpu()
-    given = ScanInput(x, taps, bias, slack)
-    dt, B, C = (
-        direction.x_proj.weight.detach()
-        .double()
-        .cpu()
-        .split(direction.sizes, dim=0)
-    )
-    left = step.weight.detach().double().cpu()
-    raw = given.projected(dt, left)
+    """Bound the tensors of one direction; ``x`` is its input."""
+    wide = DirectionWeights(*(w.detach().double().cpu() for w in weights))
+    given = ScanInput(x, wide.taps, wide.conv_bias, slack)
+    raw = given.projected(wide.dt_rows, wide.dt_proj)
     found = dict(
         conv=given.before_silu.magnitude,
         u=given.u.magnitude,
-        dt=given.projected(dt).magnitude,
-        B=given.projected(B).magnitude,
-        C=given.projected(C).magnitude,
+        dt=given.projected(wide.dt_rows).magnitude,
+        B=given.projected(wide.B_rows).magnitude,
+        C=given.projected(wide.C_rows).magnitude,
         raw_delta=raw.magnitude,
     )
-    found['delta'] = F.softplus(raw.high + step.bias.detach().double().cpu())
-    scan = _certify_scan(direction, given, (B, C), found)
+    found['delta'] = F.softplus(raw.high + wide.dt_bias)
+    scan = _certify_scan(ssm, number, given, wide, system, found)
     y = (1 + slack) * scan.y
     return found | dict(drive=scan.drive, state=scan.state, y=y)
 
 
 def _certify_scan(
-    direction: SelectiveSSM,
+    ssm: SelectiveSSM,
+    number: int,
     given: ScanInput,
-    weights: tuple[Tensor, Tensor],
+    weights: DirectionWeights,
+    system: ScanMatrices | None,
     found: Ranges,
 ) -> ScanRanges:
-    """Mode by mode; the output also by the norm of the whole state."""
-    u, delta = found['u'], found['delta']
-    D, b_disc = direction.D.detach().double().cpu(), direction.b_disc
-    system = _basis_changes(direction)
-    rate, *norms = _whole_state(direction, given, weights, system)
+    """Bound mode by mode; the output also by the norm of the whole state."""
+    u, delta, b_disc = found['u'], found['delta'], ssm.b_disc
+    rows = weights.B_rows, weights.C_rows
+    rate, *norms = _whole_state(ssm.state_matrix, number, given, rows, system)
     rate = rate.repeat_interleave(len(u) // len(rate))[:, None]
     B, C = (norm.expand(rate.shape) for norm in norms)
-    whole = scan_ranges(u, delta, rate, B, C, D, b_disc)
+    whole = scan_ranges(u, delta, rate, B, C, weights.D, b_disc)
     if system is None:
         return whole
     B, C = (
         _moduli(given, maps, weight).repeat_interleave(len(u) // len(maps), 0)
-        for maps, weight in zip(system[1:], weights, strict=True)
+        for maps, weight in zip(system[1:], rows, strict=True)
     )
-    scan = scan_ranges(u, delta, system.A, B, C, D, b_disc)
+    scan = scan_ranges(u, delta, system.A, B, C, weights.D, b_disc)
     return scan._replace(y=torch.minimum(scan.y, whole.y))
 
 
 def _whole_state(
-    direction: SelectiveSSM,
+    matrix: StateMatrix,
+    number: int,
     given: ScanInput,
     weights: tuple[Tensor, Tensor],
     system: ScanMatrices | None,
 ) -> list[Tensor]:
-    """Rate at which the state's norm decays, and norms of B and C.
+    """Return the decay rate of the state's norm, and norms of B and C.
 
     The rate (rows,) is complex where the scan doubles its output.
     """
-    if isinstance(direction.state_matrix, FullStateMatrix):
-        rate = _logarithmic_norm(direction.state_matrix)
+    if isinstance(matrix.parametrization, Full) or system is None:
+        # the logarithmic norm of the matrices that the scan runs with
+        dense = matrix.by_direction(matrix.dense())[number]
+        rate = numerical_abscissa(dense.double().cpu())
         return [rate, *(given.projected_norm(weight) for weight in weights)]
-    A, *changes = cast(ScanMatrices, system)
+    A, *changes = system
     rate = A.real.double().amax(1)
     norms = [
         _whole_norm(given, maps, weight)
@@ -203,27 +207,25 @@ def _whole_state(
     return [rate.to(torch.complex128) if A.is_complex() else rate, *norms]
 
 
-def _logarithmic_norm(matrix: FullStateMatrix) -> Tensor:
-    """Of the matrices that the scan runs with, (groups,)."""
-    return numerical_abscissa(matrix.dense().double().cpu())
-
-
-def _basis_changes(direction: SelectiveSSM) -> ScanMatrices | None:
-    """How the scan's B and C depend on what is projected from a token.
+def _basis_changes(ssm: SelectiveSSM) -> list[ScanMatrices] | None:
+    """Map what is projected from a token to the scan's B and C.
 
     Returns:
-        ScanMatrices | None: A (d_inner, modes); B and C (groups, width + 1,
-        modes): images of the unit vectors, and last of zero.
+        list[ScanMatrices] | None: Of each direction A (d_inner, modes); B and
+        C (groups, width + 1, modes): images of the unit vectors, and last of
+        zero.
     """
-    weight = direction.x_proj.weight
-    width = direction.sizes[1]
-    tokens = torch.eye(width + 1, width, dtype=weight.dtype)[None]
-    tokens = tokens.to(weight.device)
-    found = direction.state_matrix.scan_matrices(tokens, tokens)
+    weight, width = ssm.x_proj.weight, ssm.sizes[1]
+    tokens = torch.eye(width + 1, width, dtype=weight.dtype).to(weight.device)
+    tokens = tokens.expand(ssm.order.directions, 1, -1, -1)
+    found = ssm.state_matrix.scan_matrices(tokens, tokens)
     if found is None:
         return None
     A, B, C = (part.detach().cpu() for part in found)
-    return ScanMatrices(A, *(m[0].transpose(0, 1) for m in (B, C)))
+    return [
+        ScanMatrices(one, *(m[0].transpose(0, 1) for m in maps))
+        for one, *maps in zip(A, B, C, strict=True)
+    ]
 
 
 def _split_maps(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,54 +271,50 @@ def trace_mixer(mixer: MambaMixer, normed: Tensor) -> MixerRanges:
         state (batch, length, d_inner, modes), which are left out where the
         scan runs by the matrix exponential.
     """
-    directions = cast(list[SelectiveSSM], list(mixer.directions))
+    ssm = mixer.ssm
     x, z = mixer.in_proj(normed).chunk(2, dim=-1)
-    outputs = run_directions(directions, x)
-    merged = gated_merge(outputs, z)
+    conv = mixer.conv1d(x, activation=None)
+    u = F.silu(conv)
+    dt, B, C = ssm.x_proj(u).split(ssm.sizes, dim=-1)
+    raw = ssm.dt_proj(dt)
+    tensors = dict(conv=conv, u=u, dt=dt, B=B, C=C, raw_delta=raw)
+    tensors['delta'] = ssm.step_size(raw)
+    system = ssm.state_matrix.scan_matrices(B, C)
+    if system is not None:
+        tensors |= _trace_states(ssm, u, tensors['delta'], system)
+    tensors['y'] = ssm(mixer.conv1d(x))
+    merged = gated_merge(tensors['y'], z)
     shared = dict(normed=normed, x=x, z=z, merged=merged)
     shared['out'] = mixer.out_proj(merged)
-    traced = [
-        _trace_direction(d, x) | dict(y=y)
-        for d, y in zip(directions, outputs, strict=True)
-    ]
-    return MixerRanges(shared, traced)
-
-
-def _trace_direction(direction: SelectiveSSM, x: Tensor) -> Ranges:
-    """Tensors of one direction up to the state."""
-    conv = causal_conv1d_directions(
-        x,
-        direction.conv1d.weight.squeeze(1)[None],
-        cast(Tensor, direction.conv1d.bias)[None],
-        [direction.reverse],
-    )[0]
-    u = F.silu(conv)
-    dt, B, C = direction.x_proj(u).split(direction.sizes, dim=-1)
-    raw = F.linear(dt, direction.dt_proj.weight)
-    delta = direction.step_size(raw)
-    found = dict(conv=conv, u=u, dt=dt, B=B, C=C, raw_delta=raw, delta=delta)
-    system = direction.state_matrix.scan_matrices(B, C)
-    if system is not None:
-        found |= _trace_states(direction, u, delta, system)
-    return found
+    count = ssm.order.directions
+    return MixerRanges(
+        shared,
+        [{name: t[k] for name, t in tensors.items()} for k in range(count)],
+    )
 
 
 def _trace_states(
-    direction: SelectiveSSM, u: Tensor, delta: Tensor, system: ScanMatrices
+    ssm: SelectiveSSM, u: Tensor, delta: Tensor, system: ScanMatrices
 ) -> Ranges:
-    """Drive and state of each token."""
-    A, step = system.A, delta[..., None]
-    B = system.B.repeat_interleave(u.shape[-1] // system.B.shape[2], dim=2)
-    gain = step * phi1(step * A) if direction.b_disc == 'zoh' else step
+    """Compute drive and state of each token."""
+    A, step = system.A[:, None, None], delta[..., None]
+    B = system.B.repeat_interleave(u.shape[-1] // system.B.shape[3], dim=3)
+    gain = step * phi1(step * A) if ssm.b_disc == 'zoh' else step
     drive = gain * B * u[..., None]
     decay = torch.exp(step * A)
-    length = u.shape[1]
+    both = zip(drive, decay, ssm.order.reverse, strict=True)
+    return dict(drive=drive, state=torch.stack([_states(*x) for x in both]))
+
+
+def _states(drive: Tensor, decay: Tensor, reverse: bool) -> Tensor:
+    """Walk one direction, (batch, length, d_inner, modes)."""
+    length = drive.shape[1]
     state, states = torch.zeros_like(drive[:, 0]), [drive] * length
     order = range(length)
-    for t in reversed(order) if direction.reverse else order:
+    for t in reversed(order) if reverse else order:
         state = decay[:, t] * state + drive[:, t]
         states[t] = state
-    return dict(drive=drive, state=torch.stack(states, dim=1))
+    return torch.stack(states, dim=1)
 
 
 @torch.no_grad()

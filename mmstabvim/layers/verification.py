@@ -1,8 +1,8 @@
-"""Check that a model's state matrices are stable, and what follows from it."""
+"""Check that a model's state matrices are stable, and bound its states."""
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from mmstabvim.layers.mamba_mixer import MambaMixer
 from mmstabvim.layers.mixer_ranges import certify_mixer
 from mmstabvim.layers.rms_norm import RMSNorm
-from mmstabvim.layers.selective_ssm import SelectiveSSM
+from mmstabvim.layers.scan_order import direction_name
 from mmstabvim.layers.state_matrix import (
-    FullStateMatrix,
+    Full,
     StateMatrix,
     state_matrices,
 )
@@ -31,13 +31,13 @@ class StabilityError(RuntimeError):
 
 
 class VerifiedMatrix(NamedTuple):
-    """What holds for the state matrices of one direction of one layer.
+    """Properties of the state matrices of one direction of one layer.
 
     Each number is the worst of its matrices.
     """
 
     name: str
-    """Of the state matrix in the model."""
+    """Name of the state matrix in the model, and number of the direction."""
     kind: str
     """Arithmetic of the scan: ``'real'``, ``'complex64'``, ``'complex128'``
     or ``'exponential'``."""
@@ -115,7 +115,7 @@ def verify(
 
     Example:
         >>> from mmstabvim import VisionMamba
-        >>> model = VisionMamba(dict(embed_dims=16, num_layers=2))
+        >>> model = VisionMamba(dict(embed_dims=8, num_layers=1, d_state=2))
         >>> max(row.abscissa for row in verify(model, length=65))
         -1.0
     """
@@ -129,10 +129,14 @@ def verify(
         raise ValueError(
             f'{type(model).__name__} has no state matrix to verify'
         )
-    places = {id(d.state_matrix): place for *place, d in _directions(model)}
+    places = {
+        id(mixer.ssm.state_matrix): (mixer, norm)
+        for mixer, norm in _mixers(model)
+    }
     rows = Verification(
-        _verify(name, matrix, places.get(id(matrix)), length)
+        row
         for name, matrix in matrices.items()
+        for row in _verify(name, matrix, places.get(id(matrix)), length)
     )
     if strict:
         _check(rows, eps, condition_max)
@@ -162,38 +166,58 @@ def _decays(abscissa: float, eps: float) -> bool:
     return abscissa < 0 and abscissa <= -eps * (1 - 1e-6)
 
 
-def _directions(
-    model: nn.Module,
-) -> Iterator[tuple[MambaMixer, nn.Module, int, SelectiveSSM]]:
-    """Directions of mixers behind a norm: mixer, norm, number, direction."""
+def _mixers(model: nn.Module) -> Iterator[tuple[MambaMixer, RMSNorm]]:
+    """Find mixers behind a norm."""
     for block in model.modules():
         mixer = getattr(block, 'mixer', None)
         norm = getattr(block, 'norm', None)
         if isinstance(mixer, MambaMixer) and isinstance(norm, RMSNorm):
-            for k, direction in enumerate(mixer.directions):
-                yield mixer, norm, k, cast(SelectiveSSM, direction)
+            yield mixer, norm
 
 
 def _verify(
-    name: str, matrix: StateMatrix, place: list | None, length: float
-) -> VerifiedMatrix:
+    name: str,
+    matrix: StateMatrix,
+    place: tuple[MambaMixer, RMSNorm] | None,
+    length: float,
+) -> Iterator[VerifiedMatrix]:
+    """Verify each direction of a layer."""
     for parameter in matrix.parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(f'{name} has a NaN or an infinity')
-    values, condition = _spectrum(matrix)
-    channels = matrix.d_inner // len(values)
-    values = values.repeat_interleave(channels, 0)
-    condition = condition.expand(len(values) // channels)
-    condition = condition.repeat_interleave(channels, 0)
+    values, condition = (matrix.by_direction(x) for x in _spectrum(matrix))
+    kind = scan_kind(matrix)
+    bounds = _certified(place, matrix)
+    for k, (delta, drive) in enumerate(bounds):
+        channels = matrix.d_inner // len(values[k])
+        yield _verify_direction(
+            direction_name(name, k, matrix.directions),
+            kind,
+            values[k].repeat_interleave(channels, 0),
+            condition[k].repeat_interleave(channels, 0),
+            delta,
+            drive,
+            length,
+        )
+
+
+def _verify_direction(
+    name: str,
+    kind: str,
+    values: Tensor,
+    condition: Tensor,
+    delta: Tensor,
+    drive: Tensor,
+    length: float,
+) -> VerifiedMatrix:
     abscissa = values.real.amax(-1)  # (d_inner,)
-    delta, drive = _certified(place, len(values))
     gain = state_gain_bound(condition, abscissa, delta, length)
     # an input that is zero drives nothing, however large the gain
     state = torch.where(drive == 0, 0.0, gain * drive)
     growth = growth_exponent_bound(delta, values.real, length)
     return VerifiedMatrix(
         name,
-        scan_kind(matrix),
+        kind,
         float(abscissa.amax()),
         float(values.abs().amax()),
         float(condition.amax()),
@@ -216,32 +240,35 @@ def scan_kind(matrix: StateMatrix) -> str:
         ``mmstabvim.stability.state.eigenbasis.KINDS``, without regard to
         gradients.
     """
-    if isinstance(matrix, FullStateMatrix):
-        kinds = matrix.eigenbasis().kind(matrix.kappa_max)
+    basis = matrix.eigenbasis()
+    if isinstance(matrix.parametrization, Full) and basis is not None:
+        kinds = basis.kind(matrix.parametrization.kappa_max)
         return KINDS[int(kinds.amax())]
     return KINDS[0] if matrix.eigenvalues().is_complex() else REAL
 
 
 def _spectrum(matrix: StateMatrix) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (rows, N) and condition numbers, in double precision."""
-    if isinstance(matrix, FullStateMatrix):
-        basis = matrix.eigenbasis()
+    """Return eigenvalues (rows, N) and condition numbers (rows,), float64."""
+    basis = matrix.eigenbasis()
+    if basis is not None:
         return basis.eigenvalues, basis.condition
     values = matrix.eigenvalues().cpu()
     wide = torch.complex128 if values.is_complex() else torch.float64
-    return values.to(wide), matrix.condition().double().cpu()[None]
+    return values.to(wide), matrix.condition().double().cpu()
 
 
-def _certified(place: list | None, d_inner: int) -> tuple[Tensor, Tensor]:
-    """Bounds of the step size and of ``|u| ||B||``, (d_inner,) each."""
+def _certified(
+    place: tuple[MambaMixer, RMSNorm] | None, matrix: StateMatrix
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Bound step size and ``|u| ||B||`` of each direction, (d_inner,) each."""
     if place is None:
-        unknown = torch.full((d_inner,), torch.inf).double()
-        return unknown, unknown
-    mixer, norm, number = place
-    ranges = certify_mixer(mixer, norm, None).directions[number]
-    matrix = cast(SelectiveSSM, mixer.directions[number]).state_matrix
-    size = ranges['B'].norm()
-    bias = getattr(matrix, 'input_bias', None)
-    if bias is not None:
-        size = size + bias.value.double().norm().cpu()
-    return ranges['delta'], ranges['u'] * size
+        unknown = torch.full((matrix.d_inner,), torch.inf).double()
+        yield from [(unknown, unknown)] * matrix.directions
+        return
+    bias = matrix.input_bias
+    for k, ranges in enumerate(certify_mixer(*place, None).directions):
+        size = ranges['B'].norm()
+        if bias is not None:
+            value = matrix.by_direction(bias.value)[k]
+            size = size + value.double().norm().cpu()
+        yield ranges['delta'], ranges['u'] * size

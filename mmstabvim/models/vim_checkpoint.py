@@ -5,15 +5,18 @@ Classifiers keep the place of their class token to themselves: the published
 of the position embedding.
 """
 
+import itertools
 import math
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmstabvim.layers import PatchEmbed
+from mmstabvim.layers.earlier_layout import stack_directions
 from mmstabvim.layers.position_embedding import (
     num_cls_tokens,
     resize_position_embedding,
@@ -30,27 +33,28 @@ _OUTSIDE_LAYERS = {
     'head.weight': 'head.fc.weight',
     'head.bias': 'head.fc.bias',
 }
-_IN_LAYER = {
+_SHARED = {
     'norm.weight': 'norm.weight',
     'mixer.in_proj.weight': 'mixer.in_proj.weight',
     'mixer.out_proj.weight': 'mixer.out_proj.weight',
-    'mixer.A_log': 'mixer.directions.0.state_matrix.A_log',
-    'mixer.A_b_log': 'mixer.directions.1.state_matrix.A_log',
-    **{
-        f'mixer.{module}{suffix}{leaf}': (
-            f'mixer.directions.{direction}.{module}{leaf}'
-        )
-        for direction, suffix in enumerate(('', '_b'))
-        for module, leaf in (
-            ('conv1d', '.weight'),
-            ('conv1d', '.bias'),
-            ('x_proj', '.weight'),
-            ('dt_proj', '.weight'),
-            ('dt_proj', '.bias'),
-            ('D', ''),
-        )
-    },
 }
+# official names of both directions by the name of their joint weight
+_DIRECTED = {
+    'mixer.conv1d.weight': ('mixer.conv1d.weight', 'mixer.conv1d_b.weight'),
+    'mixer.conv1d.bias': ('mixer.conv1d.bias', 'mixer.conv1d_b.bias'),
+    'mixer.ssm.x_proj.weight': (
+        'mixer.x_proj.weight',
+        'mixer.x_proj_b.weight',
+    ),
+    'mixer.ssm.dt_proj.weight': (
+        'mixer.dt_proj.weight',
+        'mixer.dt_proj_b.weight',
+    ),
+    'mixer.ssm.dt_bias': ('mixer.dt_proj.bias', 'mixer.dt_proj_b.bias'),
+    'mixer.ssm.D': ('mixer.D', 'mixer.D_b'),
+    'mixer.ssm.state_matrix.A_log': ('mixer.A_log', 'mixer.A_b_log'),
+}
+_IN_LAYER = {*_SHARED, *itertools.chain(*_DIRECTED.values())}
 _LAYER = re.compile(r'(backbone\.)?layers\.(\d+)\.(.+)')
 _SCALE = re.compile(r'(neck|backbone)\.(fpn\d+\..+)')
 _HEADS = ('decode_head.', 'auxiliary_head.')
@@ -75,22 +79,46 @@ def from_official(
         ValueError: If this is no bidirectional Vim, or weights are missing.
     """
     converted: OrderedDict[str, Tensor] = OrderedDict()
-    unused = []
+    unused, layers = [], OrderedDict[str, dict[str, Tensor]]()
     for name, tensor in state.items():
         match = _LAYER.fullmatch(name)
         if match and match[3] in _IN_LAYER:
-            new = f'backbone.layers.{match[2]}.{_IN_LAYER[match[3]]}'
-            converted[new] = tensor
+            layers.setdefault(match[2], {})[match[3]] = tensor
         elif name in _OUTSIDE_LAYERS:
             converted[_OUTSIDE_LAYERS[name]] = tensor
         elif name not in _TWO_TOKENS:
             unused.append(name)
+    _check_complete(state, layers)
+    for number, layer in layers.items():
+        for new, tensor in _join_layer(layer).items():
+            converted[f'backbone.layers.{number}.{new}'] = tensor
     if all(name in state for name in _TWO_TOKENS):
         converted['backbone.cls_token'] = torch.cat(
             [state[name] for name in _TWO_TOKENS], dim=1
         )
-    _check_complete(state, converted)
     return converted, unused
+
+
+def _join_layer(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a layer; those of both directions become one."""
+    joint = {new: layer[old] for old, new in _SHARED.items()}
+    for new, pair in _DIRECTED.items():
+        joint[new] = torch.cat([layer[name] for name in pair])
+        if new == 'mixer.conv1d.weight':
+            joint[new] = joint[new].squeeze(1)
+    return joint
+
+
+def _split_weight(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Undo :func:`_join_layer` for one weight; empty if it has no place."""
+    shared = {new: old for old, new in _SHARED.items()}
+    if name in shared:
+        return {shared[name]: tensor}
+    if name not in _DIRECTED:
+        return {}
+    if name == 'mixer.conv1d.weight':
+        tensor = tensor.unsqueeze(1)
+    return dict(zip(_DIRECTED[name], tensor.chunk(2), strict=True))
 
 
 def to_official(
@@ -109,13 +137,15 @@ def to_official(
         ValueError: If the weights hold no Vision Mamba.
     """
     outside = {new: old for old, new in _OUTSIDE_LAYERS.items()}
-    in_layer = {new: old for old, new in _IN_LAYER.items()}
     official: OrderedDict[str, Tensor] = OrderedDict()
-    unused = []
+    unused, layers = [], OrderedDict[str, dict[str, Tensor]]()
+    state = dict(state)
+    stack_directions(state)
     for name, tensor in state.items():
         match = _LAYER.fullmatch(name)
-        if match and match[3] in in_layer:
-            official[f'layers.{match[2]}.{in_layer[match[3]]}'] = tensor
+        parts = _split_weight(match[3], tensor) if match else {}
+        if match and parts:
+            layers.setdefault(match[2], {}).update(parts)
         elif name == 'backbone.cls_token' and tensor.shape[1] == 2:
             halves = tensor.split(1, dim=1)
             official.update(zip(_TWO_TOKENS, halves, strict=True))
@@ -123,7 +153,10 @@ def to_official(
             official[outside[name]] = tensor
         else:
             unused.append(name)
-    _check_complete(official, state)
+    for number, layer in layers.items():
+        for name, tensor in layer.items():
+            official[f'layers.{number}.{name}'] = tensor
+    _check_complete(official, layers)
     return official, unused
 
 
@@ -354,7 +387,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, int]:
         embedding) and num_cls_tokens.
     """
     patch = state['backbone.patch_embed.projection.weight']
-    a_log = state['backbone.layers.0.mixer.directions.0.state_matrix.A_log']
+    a_log = state['backbone.layers.0.mixer.ssm.state_matrix.A_log']
     head, cls_token, pos_embed = (
         state.get(name)
         for name in (
@@ -380,18 +413,18 @@ def _num_layers(state: Mapping[str, Tensor]) -> int:
 
 
 def _check_complete(
-    official: Mapping[str, Tensor], converted: Mapping[str, Tensor]
+    official: Mapping[str, Tensor], layers: Mapping[str, Any]
 ) -> None:
-    """Every layer must be there, whole, under both kinds of names."""
-    count = _num_layers(official)
+    """Raise unless every layer of an official state is there, whole."""
+    count = 1 + max(map(int, layers), default=-1)
     wanted = ['patch_embed.proj.weight', 'norm_f.weight'] + [
         f'layers.{i}.{leaf}' for i in range(count) for leaf in _IN_LAYER
     ]
     missing = [name for name in wanted if name not in official]
-    if count == 0 or not converted or len(missing) == len(wanted):
+    if count == 0 or len(missing) == len(wanted):
         raise ValueError(
             'no Vim weights: wanted names like layers.0.mixer.A_b_log, got '
-            f'{sorted(official or converted)[:5]} ...'
+            f'{sorted(official)[:5]} ...'
         )
     if missing:
         raise ValueError(

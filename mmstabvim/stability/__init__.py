@@ -1,5 +1,6 @@
 """Mathematics of stable state matrices, as functions on tensors."""
 
+from mmstabvim.stability.inputs import count_nonfinite
 from mmstabvim.stability.sensitivity.attribution import (
     attribution_instability,
     attributions,
@@ -30,26 +31,12 @@ from mmstabvim.stability.sensitivity.profile import (
     evaluated,
     sensitivity_profile,
 )
+from mmstabvim.stability.state.block_low_rank import fit_block_low_rank
 from mmstabvim.stability.state.clamping import (
-    clamp_discrete,
     clamp_matrix,
-    clamp_modulus,
     clamp_real_part,
     continuous_margin,
-    fit_block_low_rank,
-    project_to_disc,
     straight_through,
-)
-from mmstabvim.stability.state.diagnostics import (
-    count_nonfinite,
-    gradient_flow,
-    state_bound,
-    state_growth,
-    step_ranges,
-    token_log_gain_bound,
-    token_log_gains,
-    transient_bounds,
-    transient_peak,
 )
 from mmstabvim.stability.state.eigenbasis import (
     Eigenbasis,
@@ -75,14 +62,13 @@ from mmstabvim.stability.state.hippo import (
     state_response,
 )
 from mmstabvim.stability.state.normalization import (
-    check_rho_max,
+    abscissa_shift,
     discrete_shift,
     log_radius_scale,
     radius_scale,
 )
 from mmstabvim.stability.state.penalty import (
     numerical_abscissa_penalty,
-    penalty_counts,
     stability_penalty,
 )
 from mmstabvim.stability.state.perturbation import (
@@ -93,14 +79,18 @@ from mmstabvim.stability.state.perturbation import (
     random_perturbations,
 )
 from mmstabvim.stability.state.spectra import (
-    block_low_rank_radius_bound,
     eigenvalues,
     gelfand_bound,
     numerical_abscissa,
     spectral_abscissa,
     spectral_radius,
 )
-from mmstabvim.stability.weights.kernel_descent import sphere_descent
+from mmstabvim.stability.state.steps import gradient_flow, step_ranges
+from mmstabvim.stability.weights.kernel_baselines import (
+    rank_one_kernel,
+    sphere_descent,
+    srn_c,
+)
 from mmstabvim.stability.weights.kernel_normalization import (
     normalize_kernel_stable_rank,
 )
@@ -113,24 +103,18 @@ from mmstabvim.stability.weights.kernel_spectrum import (
 from mmstabvim.stability.weights.layers import (
     find_layers,
     layer_norms,
-    norm_divisors,
 )
 from mmstabvim.stability.weights.lipschitz import (
     local_jacobian_norm,
     scan_gain_bound,
 )
 from mmstabvim.stability.weights.norms import (
-    causal_conv_norm,
-    circular_conv2d_norm,
-    circular_conv_norm,
-    conv_norm,
     conv_norm_bound,
     overlap_factor,
     power_iteration,
     spectral_norm,
 )
 from mmstabvim.stability.weights.parametrizations import parametrize_norm
-from mmstabvim.stability.weights.srn_c import rank_one_kernel, srn_c
 from mmstabvim.stability.weights.stable_rank import (
     normalize_stable_rank,
     stable_rank,
@@ -143,21 +127,14 @@ __all__ = [
     'Perturbation',
     'PerturbedBasis',
     'SensitivityProfile',
+    'abscissa_shift',
     'attribution_condition_number',
     'attribution_instability',
     'attributions',
-    'block_low_rank_radius_bound',
-    'causal_conv_norm',
     'causal_stable_rank',
-    'check_rho_max',
-    'circular_conv2d_norm',
-    'circular_conv_norm',
-    'clamp_discrete',
     'clamp_matrix',
-    'clamp_modulus',
     'clamp_real_part',
     'continuous_margin',
-    'conv_norm',
     'conv_norm_bound',
     'count_nonfinite',
     'decompose',
@@ -189,7 +166,6 @@ __all__ = [
     'local_jacobian_norm',
     'log_radius_scale',
     'matrix_exponential_scan',
-    'norm_divisors',
     'normalize_kernel_stable_rank',
     'normalize_stable_rank',
     'numerical_abscissa',
@@ -197,11 +173,9 @@ __all__ = [
     'overlap_factor',
     'parameter_jacobian',
     'parametrize_norm',
-    'penalty_counts',
     'perturb_then_diagonalize',
     'power_iteration',
     'prepare_attributions',
-    'project_to_disc',
     'radius_scale',
     'random_perturbations',
     'rank_one_kernel',
@@ -222,16 +196,10 @@ __all__ = [
     'srn_c',
     'stability_penalty',
     'stable_rank',
-    'state_bound',
     'state_gain_bound',
-    'state_growth',
     'state_response',
     'step_ranges',
     'straight_through',
     'tangent_kernel',
-    'token_log_gain_bound',
-    'token_log_gains',
-    'transient_bounds',
-    'transient_peak',
     'typical_gain',
 ]

@@ -1,6 +1,6 @@
-"""Checks and conversions that the functions on matrices share."""
+"""Checks and conversions that the functions on tensors share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,28 @@ def check_finite(name: str, tensor: Tensor) -> None:
             f'{name} must be finite, got {int(bad.sum())} NaN or infinite '
             f'values of {tensor.numel()}'
         )
+
+
+@torch.no_grad()
+def count_nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Count the NaN and infinite elements of each tensor.
+
+    Args:
+        tensors (Mapping[str, Tensor]): By name, in the order of computation
+            if the first culprit is to be told.
+
+    Returns:
+        dict[str, Tensor]: By name in the same order, int64 scalars on the
+        tensors' devices. Nothing is replaced.
+
+    Example:
+        >>> count_nonfinite({'weight': torch.tensor([1.0, torch.nan])})
+        {'weight': tensor(1)}
+    """
+    return {
+        name: (~torch.isfinite(tensor)).sum()
+        for name, tensor in tensors.items()
+    }
 
 
 def check_square(name: str, A: Tensor) -> None:
@@ -43,6 +65,16 @@ def real_dtype(*tensors: Tensor | None) -> torch.dtype:
     return dtype
 
 
+def to_float(x: Tensor) -> Tensor:
+    """Widen a real tensor to float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def real_part(x: Tensor) -> Tensor:
+    """Real part of a real or complex tensor, in float32 or wider."""
+    return to_float(x.real if x.is_complex() else x)
+
+
 def dense(name: str, A: Tensor) -> Tensor:
     """Check matrices and bring them to double precision on the CPU.
 
@@ -64,17 +96,6 @@ def dense(name: str, A: Tensor) -> Tensor:
     A = A.to('cpu', wide)
     check_finite(name, A)
     return A
-
-
-def perturbation(size: int, like: Tensor) -> Tensor:
-    """Fixed real Gaussian matrix of spectral norm 1, (size, size).
-
-    The same on every machine and in every call, so that what is computed
-    with it can be repeated.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    return (noise / torch.linalg.matrix_norm(noise, 2)).to(like.dtype)
 
 
 def add_to_diagonal(A: Tensor, shift: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def test_dtype_decides(digits, rough, tmp_path):
 )
 def test_never_violated_by_gradient_ascent_on_the_image(digits, rough, matrix):
     """The image is changed until a layer's state is as large as it gets."""
-    arguments = digits(rough, state_matrix=matrix, scan_backend='reference')
+    arguments = digits(rough, state_matrix=matrix, backend='reference')
     _, _, model = load(arguments)
     bounds = tool.certify(model, torch.float16, tool.Progress(disable=True))
     blocks = trained.find_blocks(model)

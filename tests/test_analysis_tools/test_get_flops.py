@@ -82,9 +82,7 @@ def test_both_directions_and_any_backend(digits, tmp_path):
     """One direction would be half; plain PyTorch would hide the scan."""
     shape = ['--shape', '32']
     wanted = by_hand(32, 32, 10, D=16, layers=2, N=4, patch=4)
-    facts, rows = run(
-        digits(scan_backend='reference'), tmp_path / 'out', *shape
-    )
+    facts, rows = run(digits(backend='reference'), tmp_path / 'out', *shape)
     assert facts['flops'] == wanted['total']
     assert pick(rows, 'mixer', 'both directions') > wanted['scan']
 

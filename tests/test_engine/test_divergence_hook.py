@@ -225,9 +225,9 @@ def test_names_the_layer_that_writes_nan(digits, place):
 @pytest.mark.parametrize(
     'name',
     [
-        'backbone.layers.1.mixer.directions.0.state_matrix.A_log',
+        'backbone.layers.1.mixer.ssm.state_matrix.A_log',
         # functional code reads the weights of a module that is never called
-        'backbone.layers.0.mixer.directions.1.conv1d.weight',
+        'backbone.layers.0.mixer.conv1d.weight',
         'backbone.pos_embed',
     ],
 )

@@ -14,7 +14,6 @@ from mmstabvim import StabilityMonitorHook
 from mmstabvim.engine.hooks import stability_monitor_hook
 from mmstabvim.engine.hooks.stability_monitor_hook import (
     gradient_norms,
-    parameters_of,
     quantiles,
     some_rows,
     to_host,
@@ -27,7 +26,7 @@ from mmstabvim.layers.state_matrix import (
 )
 
 LAYERS = [
-    f'backbone.layers.{layer}.mixer.directions.{direction}'
+    f'backbone.layers.{layer}.mixer.ssm.{direction}'
     for layer in range(2)
     for direction in range(2)
 ]
@@ -182,17 +181,19 @@ def test_bfloat16(config):
 
 def test_table_to_the_host():
     table = {
-        'a': {'x': torch.tensor(1.0), 'y': torch.eye(2).bfloat16()},
-        'b': {'x': torch.tensor(3), 'z': torch.zeros(0)},
+        ('a', 'row', 'x'): torch.tensor(1.0),
+        ('a', 'free', 0): torch.eye(2).bfloat16(),
+        ('b', 'row', 'x'): torch.tensor(3),
+        ('b', 'row', 'z'): torch.zeros(0),
     }
     found = to_host(table)
-    assert found['a']['x'] == 1
-    assert torch.equal(found['a']['y'], torch.eye(2))
-    assert found['b']['x'] == 3
-    assert found['b']['z'].shape == (0,)
+    assert found['a', 'row', 'x'] == 1
+    assert torch.equal(found['a', 'free', 0], torch.eye(2))
+    assert found['b', 'row', 'x'] == 3
+    assert found['b', 'row', 'z'].shape == (0,)
     assert to_host({}) == {}
     wide = torch.tensor(0.1, dtype=torch.float64)
-    assert to_host({'a': {'x': wide}})['a']['x'].item() == 0.1
+    assert to_host({('a',): wide})['a',].item() == 0.1
 
 
 @pytest.mark.parametrize('kind', ['neg_exp', 'complex', 'full'])
@@ -202,10 +203,7 @@ def test_one_transfer_to_the_host(config, kind, monkeypatch):
 
     def doubled(table):
         transfers.append(table)
-        return {
-            name: {key: 2 * x for key, x in row.items()}
-            for name, row in to_host(table).items()
-        }
+        return {key: 2 * x for key, x in to_host(table).items()}
 
     monkeypatch.setattr(stability_monitor_hook, 'to_host', doubled)
     config.model.backbone.state_matrix = dict(type=kind)
@@ -218,12 +216,15 @@ def test_one_transfer_to_the_host(config, kind, monkeypatch):
     rows = records(config)
     assert len(transfers) == len(rows) == 3
     matrices = state_matrices(runner.model)
-    for place, matrix in enumerate(matrices.values()):
+    largest = []
+    for matrix in matrices.values():
         doubled = copy.deepcopy(matrix)
         for parameter in doubled.parameters():
             parameter.data.mul_(2)
         with torch.no_grad():
-            radius = doubled.eigenvalues().abs().max().item()
+            values = matrix.by_direction(doubled.eigenvalues()).abs()
+        largest += values.flatten(1).amax(1).tolist()
+    for place, radius in enumerate(largest):
         assert rows[0]['spectral_radius'][place] == pytest.approx(radius)
         found = torch.tensor(rows[0]['eigenvalues'][LAYERS[place]])
         largest = found.norm(dim=-1).max().item()
@@ -235,7 +236,7 @@ def test_nothing_waits_for_the_device_before(kind):
     """Tensors without values go through, so no value is looked at."""
     with torch.device('meta'):
         ssm = SelectiveSSM(8, 4, state_matrix=dict(type=kind))
-        delta = torch.empty(2, 7, 8)
+        delta = torch.empty(1, 2, 7, 8)
         bound = torch.empty(8)
     matrix = ssm.state_matrix
     matrix.reparametrizations = [SpectralNormalization(rho_max=bound)]
@@ -244,8 +245,7 @@ def test_nothing_waits_for_the_device_before(kind):
     hook = StabilityMonitorHook()
     hook._observer('a')(delta)
     hook._grads = gradient_norms({'a.state_matrix': matrix})
-    table = {**hook.collect({'a': matrix}), **parameters_of({'a': matrix})}
-    tensors = [x for row in table.values() for x in row.values()]
+    tensors = hook._table({'a': ssm}, []).values()
     assert {x.device.type for x in tensors} == {'meta'}
     assert len(tensors) == 5 + 1 + 1 + len(list(matrix.parameters()))
 

@@ -138,7 +138,7 @@ def test_reparametrization_holds_in_a_test_run(config):
     """Raw parameters are saved; who tests them gets the rule as well."""
     config.custom_hooks = [dict(EC, eps=0.95, mode='reparam')]
     runner = train(config)
-    raw = [p for m in state_matrices(runner.model).values() for p in m.raw()]
+    raw = [p for m in state_matrices(runner.model).values() for p in m.free]
     assert max(p.max() for p in raw) > -0.95
     config.load_from = f'{config.work_dir}/epoch_1.pth'
     tester = Runner.from_cfg(copy.deepcopy(config))
@@ -485,7 +485,7 @@ def test_frozen_matrices_are_left_alone(config, warnings):
     assert (next(iter(state_matrices(average).values())).A == 3.0).all()
     said = [line for line in warnings if 'frozen' in line]
     assert len(said) == 1
-    assert 'backbone.layers.0.mixer.directions.0.state_matrix' in said[0]
+    assert 'backbone.layers.0.mixer.ssm.state_matrix' in said[0]
 
 
 @pytest.mark.parametrize('mode', ['project', 'reparam'])
@@ -653,9 +653,9 @@ def changed_by(ssm, **rule):
     """Whether a projection changes a bit of the parameters."""
     before = [p.detach().clone() for p in ssm.state_matrix.parameters()]
     if 'eps' in rule:
-        ssm.state_matrix.clamp_eigenvalues_(**rule)
+        ssm.state_matrix.apply_(EigenvalueClamping(**rule))
     else:
-        ssm.state_matrix.spectral_normalize_(**rule)
+        ssm.state_matrix.apply_(SpectralNormalization(**rule))
     return not all(map(torch.equal, before, ssm.state_matrix.parameters()))
 
 
@@ -1015,9 +1015,9 @@ def test_nan_is_never_clamped_away(config, hook):
     """The run stops and names the matrix."""
     config.custom_hooks = [hook]
     runner = Runner.from_cfg(copy.deepcopy(config))
-    runner.model.backbone.layers[1].mixer.directions[0].state_matrix.A.data[
-        2, 1
-    ] = math.nan
-    wanted = r'layers\.1\.mixer\.directions\.0\.state_matrix has a NaN'
+    runner.model.backbone.layers[1].mixer.ssm.state_matrix.A.data[2, 1] = (
+        math.nan
+    )
+    wanted = r'layers\.1\.mixer\.ssm\.state_matrix has a NaN'
     with pytest.raises(ValueError, match=wanted):
         runner.train()

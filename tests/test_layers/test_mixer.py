@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmstabvim.layers import MambaMixer, RMSNorm, SelectiveSSM
+from mmstabvim.layers import MambaMixer, RMSNorm, ScanOrder, SelectiveSSM
 from mmstabvim.layers.state_matrix import build_state_matrix
 from mmstabvim.ops import rms_norm
 
@@ -23,32 +23,47 @@ def test_rms_norm_formula_and_dtype():
 
 
 def test_mixer_by_its_definition():
-    """Two single directions, one gate, half their sum, one projection."""
+    """Two directions, one gate, half their sum, one projection."""
     torch.manual_seed(0)
     mixer = MambaMixer(8, d_state=3)
     x = torch.randn(2, 11, 8)
     inner, z = mixer.in_proj(x).chunk(2, dim=-1)
-    forward, backward = mixer.directions
-    assert not forward.reverse
-    assert backward.reverse
-    gated = forward(inner) * F.silu(z) + backward(inner) * F.silu(z)
-    torch.testing.assert_close(mixer(x), mixer.out_proj(gated / 2))
+    assert mixer.ssm.order == ((False, True),)
+    outputs = []
+    for k, weights in enumerate(mixer.direction_weights()):
+        ssm = SelectiveSSM(16, 3, 1, ScanOrder((k == 1,)))
+        ssm.load_state_dict(
+            {
+                name: mixer.ssm.by_direction(weight)[k]
+                for name, weight in mixer.ssm.state_dict().items()
+            }
+        )
+        tokens = inner.flip(1) if k else inner
+        conv = F.conv1d(
+            F.pad(tokens.mT, (3, 0)),
+            weights.taps[:, None],
+            weights.conv_bias,
+            groups=16,
+        ).mT
+        u = F.silu(conv.flip(1) if k else conv)
+        outputs.append(ssm(u[None])[0] * F.silu(z))
+    torch.testing.assert_close(mixer(x), mixer.out_proj(sum(outputs) / 2))
 
 
 def test_backward_direction_is_the_flipped_forward():
     """With the same weights, ``reverse`` is nothing but a flip."""
     torch.manual_seed(0)
     one = SelectiveSSM(6, d_state=4, dt_rank=2)
-    other = SelectiveSSM(6, d_state=4, dt_rank=2, reverse=True)
+    other = SelectiveSSM(6, 4, 2, ScanOrder((True,)))
     other.load_state_dict(one.state_dict())
-    x = torch.randn(2, 9, 6)
-    assert not torch.allclose(one(x), other(x))
-    torch.testing.assert_close(one(x.flip(1)).flip(1), other(x))
+    u = torch.randn(1, 2, 9, 6)
+    assert not torch.allclose(one(u), other(u))
+    torch.testing.assert_close(one(u.flip(2)).flip(2), other(u))
 
 
 def test_initial_step_sizes_and_state_matrix():
     ssm = SelectiveSSM(4096, d_state=5, dt_rank=4)
-    dt = F.softplus(ssm.dt_proj.bias)
+    dt = F.softplus(ssm.dt_bias)
     assert 1e-3 <= dt.min() < 1.5e-3
     assert 0.08 < dt.max() <= 0.1 + 1e-6
     # log-uniform: the median is the geometric mean of the ends

@@ -16,8 +16,7 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 
 def run(mixer, x, backend):
     """Output, and the gradients of the input and of every parameter."""
-    for direction in mixer.directions:
-        direction.backend = backend
+    mixer.ssm.backend = backend
     mixer.zero_grad()
     x = x.detach().clone().requires_grad_()
     y = mixer(x)
@@ -76,5 +75,5 @@ def test_autocast_on_a_gpu(dtype):
     with torch.autocast('cuda', dtype):
         narrow = run(mixer, x, 'auto')
     assert narrow['y'].dtype == dtype
-    assert narrow['directions.0.state_matrix.A_log'].dtype == torch.float32
+    assert narrow['ssm.state_matrix.A_log'].dtype == torch.float32
     check(narrow, exact, 0.05)

@@ -36,11 +36,11 @@ def test_no_state_exceeds_the_bound(kind, b_disc):
     """On rough weights and large tokens, in every layer and direction."""
     model = make(kind).double()
     rows = verify(model, length=17)
-    assert [row.name for row in rows] == list(state_matrices(model))
+    names = [f'{n}.{k}' for n in state_matrices(model) for k in range(2)]
+    assert [row.name for row in rows] == names
     number = 0
     for block in model.layers:
-        for direction in block.mixer.directions:
-            direction.b_disc = b_disc
+        block.mixer.ssm.b_disc = b_disc
         tokens = block.norm(100 * torch.randn(2, 17, 16).double(), None)[0]
         with torch.no_grad():
             traced = trace_mixer(block.mixer, tokens).directions
@@ -67,10 +67,13 @@ def test_the_table():
 
 def test_an_unstable_matrix_is_named():
     model = make('signed')
-    matrix = model.layers[1].mixer.directions[0].state_matrix
+    matrix = model.layers[1].mixer.ssm.state_matrix
     with torch.no_grad():
         matrix.A[3, 2] = 0.25
-    with pytest.raises(StabilityError, match=r'0\.25 in layers\.1\.mixer\.d'):
+    with pytest.raises(
+        StabilityError,
+        match=r'0\.25 in layers\.1\.mixer\.ssm\.state_matrix\.0',
+    ):
         verify(model, length=65)
     rows = verify(model, length=65, strict=False)
     assert rows[2].abscissa == 0.25
@@ -98,15 +101,17 @@ def test_a_model_that_cannot_be_verified():
         verify(make(), length=0)
     model = make()
     with torch.no_grad():
-        model.layers[0].mixer.directions[1].state_matrix.A_log[0] = math.nan
-    with pytest.raises(ValueError, match=r'directions\.1.* has a NaN'):
+        model.layers[0].mixer.ssm.state_matrix.A_log[0] = math.nan
+    with pytest.raises(
+        ValueError, match=r'layers\.0\.mixer\.ssm\.state_matrix has a NaN'
+    ):
         verify(model, length=65)
 
 
 def test_a_matrix_outside_of_a_mixer():
     """Its eigenvalues are checked; nothing is known of its inputs."""
-    row = verify(model := make().layers[0].mixer.directions, length=65)[0]
+    row = verify(model := make().layers[0].mixer.ssm, length=65)[0]
     assert row.abscissa == -1
     assert row.delta_max == row.state == math.inf
     assert row.growth == 0
-    assert len(state_matrices(model)) == 2
+    assert list(state_matrices(model)) == ['state_matrix']

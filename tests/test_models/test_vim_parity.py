@@ -67,7 +67,7 @@ def build(data, dtype, **kwargs):
 def test_every_stored_number_agrees(golden, dtype, backend):
     """Intermediates, logits and gradients against the float64 values."""
     data = golden('vim_cls_midcls.npz')
-    model = build(data, dtype, scan_backend=backend)
+    model = build(data, dtype, backend=backend)
     seen = {}
     for i, block in enumerate(model.backbone.layers):
 

@@ -96,7 +96,7 @@ def test_no_pixel_is_dropped():
 
 
 @pytest.mark.parametrize(
-    'option', [dict(with_cp=True), dict(scan_backend='reference')], ids=str
+    'option', [dict(with_cp=True), dict(backend='reference')], ids=str
 )
 def test_same_numbers_by_another_way(option):
     """Checkpointing and the reference scan change nothing."""
@@ -155,7 +155,7 @@ def test_layer_depth_of_every_parameter():
     assert {depths[n][0] for n in ('cls_token', 'pos_embed')} == {0}
     assert depths['patch_embed.projection.weight'][0] == 0
     assert depths['layers.0.norm.weight'][0] == 1
-    assert depths['layers.2.mixer.directions.1.D'][0] == 3
+    assert depths['layers.2.mixer.ssm.D'][0] == 3
     assert depths['norm.weight'][0] == 4
     assert model.get_layer_depth('head.fc.weight', 'backbone.') == (4, 5)
 
@@ -163,11 +163,12 @@ def test_layer_depth_of_every_parameter():
 def test_init_recipes_differ_in_the_backward_step_size_only():
     default, official = build(), build(init_recipe='official')
     for block in official.layers:
-        forward, backward = block.mixer.directions
-        assert not backward.dt_proj.bias.any()
-        assert forward.dt_proj.bias.max() < 0
+        ssm = block.mixer.ssm
+        forward, backward = ssm.by_direction(ssm.dt_bias)
+        assert not backward.any()
+        assert forward.max() < 0
     for block in default.layers:
-        assert all(d.dt_proj.bias.max() < 0 for d in block.mixer.directions)
+        assert block.mixer.ssm.dt_bias.max() < 0
     bound = 1 / (48**0.5 * 3**0.5)  # 1 / sqrt(fan_in), / sqrt(depth)
     weight = default.layers[0].mixer.out_proj.weight
     assert 0.9 * bound < weight.abs().max() <= bound

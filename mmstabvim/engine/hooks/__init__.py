@@ -4,6 +4,7 @@ from mmstabvim.engine.hooks.classification_data_check_hook import (
     ClassificationDataCheckHook,
 )
 from mmstabvim.engine.hooks.divergence_hook import DivergenceHook
+from mmstabvim.engine.hooks.earlier_layout_hook import EarlierLayoutHook
 from mmstabvim.engine.hooks.eigenvalue_clamping_hook import (
     EigenvalueClampingHook,
 )
@@ -25,6 +26,7 @@ from mmstabvim.engine.hooks.weight_spectral_norm_hook import (
 __all__ = [
     'ClassificationDataCheckHook',
     'DivergenceHook',
+    'EarlierLayoutHook',
     'EigenvalueClampingHook',
     'ModelForMetricsHook',
     'RandomStateHook',

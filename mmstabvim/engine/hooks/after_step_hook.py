@@ -27,7 +27,7 @@ class AfterStepHook(Hook):
     def act_on_average(self, runner: Runner, model: nn.Module) -> None:
         """Do to a model of averages what is done to the model."""
 
-    def arm(self, optimizer: Optimizer, act: Callable[[], None]) -> None:
+    def arm(self, optimizer: Optimizer, act: Callable[[], object]) -> None:
         """Call ``act`` after each step of an optimizer."""
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:

@@ -51,8 +51,6 @@ class EigenvalueClampingHook(StabilizerHook):
         ValueError: If an argument is out of range.
     """
 
-    rule: EigenvalueClamping
-
     def __init__(
         self,
         domain: str = 'continuous',
@@ -65,7 +63,6 @@ class EigenvalueClampingHook(StabilizerHook):
         grad: str = 'ste',
         condition_max: float | str | None = 'auto',
     ) -> None:
-        super().__init__(mode)
         if mode == 'reparam' and method not in (None, 'shift'):
             raise ValueError(
                 f'method {method!r} is fitted to blocks and low rank, which '
@@ -81,9 +78,10 @@ class EigenvalueClampingHook(StabilizerHook):
             grad,
             condition_max,
         )
+        super().__init__([self.rule], mode)
 
     def before_train(self, runner: Runner) -> None:
-        """As every stabilizer; and say if training cannot reach the bound."""
+        """Say if training cannot reach the bound, then start."""
         matrices = trained(find_matrices(runner, type(self).__name__))
         if matrices and self.rule.lambda_max is None:
             say_if_out_of_reach(
@@ -91,18 +89,15 @@ class EigenvalueClampingHook(StabilizerHook):
             )
         super().before_train(runner)
 
-    def rule_for(self, name: str, matrix: StateMatrix) -> EigenvalueClamping:
-        """The same for every matrix."""
-        return self.rule
-
     def why_idle(self, matrix: StateMatrix) -> str | None:
-        """A stable parametrization obeys but where a mode is very slow."""
-        if matrix.can_be_unstable or self.rule.lambda_max is not None:
+        """Name stable parametrizations without a very slow mode."""
+        parametrization = matrix.parametrization
+        if parametrization.can_be_unstable or self.rule.lambda_max is not None:
             return None
-        why = f'{type(matrix).__name__} has negative real parts only'
+        why = f'{type(parametrization).__name__} has negative real parts only'
         floor = self.rule.floor
         if floor == 0:
             return why
-        if matrix.raw_eigenvalues().real.max() > -floor:
+        if matrix.eigenvalues(matrix.free).real.max() > -floor:
             return None
         return f'{why}, and no mode is slower than {floor:g} per step so far'

@@ -11,6 +11,7 @@ from mmstabvim.engine.hooks.stabilizer_hook import (
     find_matrices,
 )
 from mmstabvim.layers.state_matrix import (
+    Rule,
     SpectralNormalization,
     StateMatrix,
 )
@@ -52,8 +53,6 @@ class SpectralNormalizationHook(StabilizerHook):
         ValueError: If an argument is out of range.
     """
 
-    rule: SpectralNormalization
-
     def __init__(
         self,
         rho_max: float | str = 1.0,
@@ -64,7 +63,6 @@ class SpectralNormalizationHook(StabilizerHook):
         mode: str = 'project',
         detach_scale: bool = False,
     ) -> None:
-        super().__init__(mode)
         self.from_start = rho_max == 'init'
         if isinstance(rho_max, str) and not self.from_start:
             raise ValueError(
@@ -83,11 +81,12 @@ class SpectralNormalizationHook(StabilizerHook):
             radius,
             detach_scale,
         )
+        super().__init__([self.rule], mode)
         self._start: dict[str, torch.Tensor] = {}
         self._loaded: dict[str, torch.Tensor] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Note the radii of the start, then as every stabilizer."""
+        """Note the initial radii, then start."""
         if self.from_start and not self._start:
             self._start = self._loaded if runner._resume else {}
         if self.from_start and not self._start:
@@ -96,37 +95,35 @@ class SpectralNormalizationHook(StabilizerHook):
         super().before_train(runner)
 
     def before_val(self, runner: Runner) -> None:
-        """Outside training the radii are those of the checkpoint."""
+        """Take the radii of the checkpoint outside of training."""
         self._start = self._start or self._loaded
         super().before_val(runner)
 
-    def rule_for(
-        self, name: str, matrix: StateMatrix
-    ) -> SpectralNormalization:
-        """The rule, with the radii of this matrix's start if these count."""
+    def rules_for(self, name: str, matrix: StateMatrix) -> list[Rule]:
+        """Return the rule, with the layer's initial radii if they count."""
         if not self.from_start:
-            return self.rule
+            return self.rules
         if name not in self._start:
             raise RuntimeError(
                 f"rho_max='init': the checkpoint has no radius for {name!r} "
                 'from the start of its training'
             )
-        device = matrix.raw()[0].device
-        return dataclasses.replace(
-            self.rule, rho_max=self._start[name].to(device)
-        )
+        radii = self._start[name].to(matrix.free[0].device)
+        return [dataclasses.replace(self.rule, rho_max=radii)]
 
     def why_idle(self, matrix: StateMatrix) -> str | None:
-        """A stable parametrization keeps within the discrete radius 1."""
-        always_stable = not matrix.can_be_unstable
+        """Name stable parametrizations under the discrete radius 1."""
+        parametrization = matrix.parametrization
+        always_stable = not parametrization.can_be_unstable
         if (
             always_stable
             and self.rule.domain == 'discrete'
             and self.rule.rho_max == 1
         ):
+            kind = type(parametrization).__name__
             return (
-                f'{type(matrix).__name__} has negative real parts only, so '
-                'the radius of exp(delta A) is below 1 always'
+                f'{kind} has negative real parts only, so the radius of '
+                'exp(delta A) is below 1 always'
             )
         return None
 
@@ -151,6 +148,6 @@ class SpectralNormalizationHook(StabilizerHook):
 @torch.no_grad()
 def _radii(matrices: dict[str, StateMatrix]) -> dict[str, torch.Tensor]:
     return {
-        name: matrix.raw_eigenvalues().abs().amax(-1)
+        name: matrix.eigenvalues(matrix.free).abs().amax(-1)
         for name, matrix in matrices.items()
     }

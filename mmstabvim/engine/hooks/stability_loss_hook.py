@@ -1,5 +1,6 @@
 """Put a loss on parameters or changed images into those of any model."""
 
+import logging
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -115,21 +116,23 @@ class StabilityLossHook(Hook):
         return {**output, self.key: self.loss(model, inputs)}
 
     def _say_if_idle(self, runner: Runner) -> None:
-        """A penalty that can only be zero is worth a warning."""
+        """Warn of a penalty that can only be zero."""
         eps = getattr(self.loss, 'eps', None)
         if eps is None or getattr(self.loss, 'surrogate', None):
             return
         matrices = find_matrices(runner, type(self).__name__)
         reason = None
-        if eps >= 0 and not any(m.can_be_unstable for m in matrices.values()):
+        if eps >= 0 and not any(
+            m.parametrization.can_be_unstable for m in matrices.values()
+        ):
             reason = (
                 'the parametrization has negative real parts only, and eps '
                 f'{eps} is not negative'
             )
         for hook in runner.hooks:
             if isinstance(hook, StabilizerHook) and hook.mode == 'project':
-                limit = hook.rule.abscissa_limit
-                if limit is not None and eps >= limit:
+                limits = (rule.abscissa_limit for rule in hook.rules)
+                if any(x is not None and eps >= x for x in limits):
                     reason = (
                         f'{type(hook).__name__} has moved the parameters '
                         "before they are penalized; its mode='reparam' lets "
@@ -143,5 +146,5 @@ class StabilityLossHook(Hook):
             print_log(
                 f'{type(self).__name__} is zero throughout: {reason}',
                 logger='current',
-                level=30,
+                level=logging.WARNING,
             )

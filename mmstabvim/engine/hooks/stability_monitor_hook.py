@@ -1,9 +1,8 @@
 """Watch the state matrices, step sizes and gradients during training."""
 
-import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,13 @@ from mmstabvim.engine.hooks.stabilizer_hook import (
     bare_model,
     optimizers_of,
 )
+from mmstabvim.layers.scan_order import direction_name
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.layers.state_matrix import (
-    FullStateMatrix,
+    Full,
     StateMatrix,
-    decompose_together,
+    StateMatrixView,
+    decompose_all,
     state_matrices,
 )
 from mmstabvim.registry import HOOKS
@@ -39,8 +40,8 @@ GROWTH = {'growth': 1, 'growth_4x': 4, 'growth_16x': 16}
 
 _SNAPSHOTS = 20  # of the eigenvalues, if not told otherwise
 
-# prefixes of what is brought to the host and not recorded as it is
-_OWN, _STEP, _BOUND = 'own:', 'step:', 'rho_max:'
+Key = tuple[str | int, ...]
+"""Layer, kind and name of a tensor that is brought to the host."""
 
 SUMMARY: dict[str, Callable[[list[float]], float]] = {
     'spectral_radius': max,
@@ -175,99 +176,81 @@ class StabilityMonitorHook(Hook):
         if not self._is_due(runner):
             return
         ssms = _ssms(runner)
-        matrices = {name: ssm.state_matrix for name, ssm in ssms.items()}
-        measured = self.collect(matrices)
-        for hook in _stabilizers(runner):
+        stabilizers = _stabilizers(runner)
+        for hook in stabilizers:
             hook.measuring = False
-            for name, values in hook.measured.items():
-                row = measured[name.removesuffix('.state_matrix')]
-                for key, value in values.items():
-                    row[key] = row[key].maximum(value) if key in row else value
-            hook.measured.clear()
+        table = self._table(ssms, stabilizers)
         for ssm in ssms.values():
             ssm.observers.clear()
-        found = to_host({**measured, **parameters_of(matrices)})
-        twins = {
-            name: on_host(matrix, found[_OWN + name])
-            for name, matrix in matrices.items()
-        }
-        decompose_together(twins.values())
+        found = to_host(table)
+        layers = {name: Layer(ssm, found, name) for name, ssm in ssms.items()}
+        decompose_all({name: layer.matrix for name, layer in layers.items()})
         rows = {
-            name: self._row(found[name], twins.get(name)) for name in measured
+            name: row
+            for layer in layers.values()
+            for name, row in layer.rows(self.eps).items()
         }
+        if not ssms:
+            rows = {
+                str(name): {'grad_norm': x.item()}
+                for (name, *_), x in found.items()
+            }
         self._publish(runner, rows)
-        self._write(runner, rows, twins)
+        self._write(runner, rows, layers)
         self._records += 1
 
     def _is_due(self, runner: Runner) -> bool:
         return runner.iter % self.interval == 0
 
     def _observer(self, name: str) -> Any:
-        """Called by a direction with its step sizes; last call counts."""
+        """Return a function of step sizes, whose last call counts."""
 
         @torch.no_grad()
         def look(delta: Tensor) -> None:
-            flat = delta.detach().float().flatten(0, -2)  # (tokens, d_inner)
+            wide = delta.detach().float()  # (K, batch, length, d_inner)
+            flat = wide.flatten(1, 2)
             self._steps[name] = {
-                'min': flat.amin(0),
-                'max': flat.amax(0),
-                'mean': flat.mean(0),
-                'quantiles': quantiles(flat),
+                'min': flat.amin(1),
+                'max': flat.amax(1),
+                'mean': flat.mean(1),
+                'quantiles': torch.stack([quantiles(x) for x in flat]),
                 # of the sequence with the largest sum in each channel
-                'whole': delta.detach().float().sum(-2).flatten(0, -2).amax(0),
+                'whole': wide.sum(2).amax(1),
             }
 
         return look
 
-    def collect(
-        self, matrices: Mapping[str, StateMatrix]
-    ) -> dict[str, dict[str, Tensor]]:
-        """What steps and gradients have shown, still on the device.
-
-        Args:
-            matrices (Mapping[str, StateMatrix]): By the names of their
-                layers; empty for a model without any.
-
-        Returns:
-            dict[str, dict[str, Tensor]]: A row for each layer.
-        """
-        if not matrices:
-            return {n: {'grad_norm': norm} for n, norm in self._grads.items()}
-        table = {}
-        for name in matrices:
-            row = {_STEP + k: v for k, v in self._steps.get(name, {}).items()}
-            if f'{name}.state_matrix' in self._grads:
-                row['grad_norm'] = self._grads[f'{name}.state_matrix']
-            table[name] = row
+    def _table(
+        self,
+        ssms: Mapping[str, SelectiveSSM],
+        stabilizers: list[StabilizerHook],
+    ) -> dict[Key, Tensor]:
+        """Collect all that a record needs, still on the device."""
+        table: dict[Key, Tensor] = {}
+        if not ssms:
+            return {(name, 'grad'): x for name, x in self._grads.items()}
+        for name, ssm in ssms.items():
+            matrix = ssm.state_matrix
+            for i, parameter in enumerate(matrix.free):
+                table[name, 'free', i] = parameter
+            for i, rule in enumerate(matrix.reparametrizations):
+                bound = getattr(rule, 'rho_max', None)
+                if isinstance(bound, Tensor):
+                    table[name, 'bound', i] = bound
+            if matrix.basis is not None:
+                table[name, 'condition'] = matrix.condition()
+            for key, value in self._steps.get(name, {}).items():
+                table[name, 'step', key] = value
+            grads = self._grads.get(f'{name}.state_matrix')
+            if grads is not None:
+                table[name, 'row', 'grad_norm'] = grads
+            for hook in stabilizers:
+                measured = hook.measured.get(f'{name}.state_matrix', {})
+                for key, value in measured.items():
+                    table[name, 'row', key] = value
+        for hook in stabilizers:
+            hook.measured.clear()
         return table
-
-    @torch.no_grad()
-    def _row(
-        self, found: Mapping[str, Tensor], matrix: StateMatrix | None
-    ) -> dict[str, float]:
-        """Numbers of one direction of one layer, from tensors on the host."""
-        steps = {
-            key.removeprefix(_STEP): value
-            for key, value in found.items()
-            if key.startswith(_STEP)
-        }
-        row = {k: v for k, v in found.items() if not k.startswith(_STEP)}
-        if matrix is not None:
-            values, raw = matrix.eigenvalues(), matrix.raw_eigenvalues()
-            row = {
-                'spectral_radius': values.abs().amax(),
-                'spectral_abscissa': values.real.amax(),
-                'stability_penalty': matrix.multiplicity
-                * stability_penalty(raw, self.eps, 'sum'),
-                'condition': matrix.condition(),
-                **_basis_rows(matrix),
-            } | row
-            if matrix.reparametrizations:
-                row['projected_share'] = (values != raw).float().mean()
-                row['projection_distance'] = (values - raw).abs().norm()
-            if steps:
-                row |= _step_rows(values.real, steps, matrix.d_inner)
-        return {key: value.item() for key, value in row.items()}
 
     def _publish(self, runner: Runner, rows: dict[str, dict]) -> None:
         for key, combine in SUMMARY.items():
@@ -290,7 +273,7 @@ class StabilityMonitorHook(Hook):
         self,
         runner: Runner,
         rows: dict[str, dict],
-        matrices: dict[str, StateMatrix],
+        layers: dict[str, 'Layer'],
     ) -> None:
         record: dict[str, Any] = {
             'step': runner.iter + 1,
@@ -304,15 +287,103 @@ class StabilityMonitorHook(Hook):
             due = max(1, round(runner.max_iters / self.interval / _SNAPSHOTS))
         if due and self._records % due == 0:
             record['eigenvalues'] = {
-                name: _some(matrix, self.max_eigenvalues)
-                for name, matrix in matrices.items()
+                name: _some(values, self.max_eigenvalues)
+                for layer in layers.values()
+                for name, values in layer.eigenvalues().items()
             }
         with Path(runner.log_dir, FILE_NAME).open('a') as file:
             file.write(json.dumps(record) + '\n')
 
 
+class Layer:
+    """One layer as it was in an iteration, on the host.
+
+    Args:
+        ssm (SelectiveSSM): The layer.
+        found (Mapping[Key, Tensor]): Tensors of all layers.
+        name (str): Of the layer.
+    """
+
+    def __init__(
+        self, ssm: SelectiveSSM, found: Mapping[Key, Tensor], name: str
+    ) -> None:
+        self.own = {key[1:]: x for key, x in found.items() if key[0] == name}
+        live = ssm.state_matrix
+        self.matrix = StateMatrixView(
+            live.parametrization.fresh(),
+            self.part('free'),
+            live.d_inner,
+            [
+                _with_bound(rule, self.own.get(('bound', i)))
+                for i, rule in enumerate(live.reparametrizations)
+            ],
+        )
+        self.basis_condition = self.own.get(('condition',))
+        self.multiplicity = live.multiplicity
+        self.names = [
+            direction_name(name, k, live.directions)
+            for k in range(live.directions)
+        ]
+
+    def part(self, kind: str) -> tuple[Tensor, ...]:
+        """Return the numbered tensors of a kind, in their order."""
+        return tuple(x for key, x in self.own.items() if key[0] == kind)
+
+    @torch.no_grad()
+    def eigenvalues(self) -> dict[str, Tensor]:
+        """Compute the eigenvalues in use of each direction."""
+        values = self.matrix.by_direction(self.matrix.eigenvalues())
+        return dict(zip(self.names, values, strict=True))
+
+    @torch.no_grad()
+    def rows(self, eps: float) -> dict[str, dict[str, float]]:
+        """Compute the numbers of each direction.
+
+        Args:
+            eps (float): Threshold of the penalty, 1/step.
+        """
+        matrix, split = self.matrix, self.matrix.by_direction
+        values = split(matrix.eigenvalues())
+        raw = split(matrix.eigenvalues(matrix.free))
+        condition = self.basis_condition
+        condition = matrix.condition() if condition is None else condition
+        basis = _basis_rows(matrix)
+        rows = {}
+        for k, name in enumerate(self.names):
+            row = {
+                'spectral_radius': values[k].abs().amax(),
+                'spectral_abscissa': values[k].real.amax(),
+                'stability_penalty': self.multiplicity
+                * stability_penalty(raw[k], eps, 'sum'),
+                'condition': split(condition)[k].amax(),
+                **{key: value[k] for key, value in basis.items()},
+            }
+            if matrix.reparametrizations:
+                moved = values[k] != raw[k]
+                row['projected_share'] = moved.float().mean()
+                row['projection_distance'] = (values[k] - raw[k]).abs().norm()
+            row |= self._known(k)
+            steps = {
+                str(key[1]): x[k]
+                for key, x in self.own.items()
+                if key[0] == 'step'
+            }
+            if steps:
+                row |= _step_rows(values[k].real, steps, matrix.d_inner)
+            rows[name] = {key: value.item() for key, value in row.items()}
+        return rows
+
+    def _known(self, number: int) -> dict[str, Tensor]:
+        """Return the numbers of a direction that need no computation."""
+        return {
+            str(key[1]): x[number]
+            for key, x in self.own.items()
+            if key[0] == 'row'
+        }
+
+
 def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that hold parameters themselves, by their names."""
+    """Find the modules that hold parameters themselves, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -321,111 +392,55 @@ def layers_with_parameters(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def gradient_norms(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Norm of the gradient of each module's own parameters, if any."""
+    """Compute the norm of the gradient of each module's own parameters.
+
+    Args:
+        modules (Mapping[str, nn.Module]): By name; those without gradient
+            are left out.
+
+    Returns:
+        dict[str, Tensor]: Scalars; of state matrices (directions,).
+    """
     norms = {}
     for name, module in modules.items():
         own = module.parameters(recurse=False)
-        grads = [p.grad for p in own if p.grad is not None]
-        if grads:
-            each = [grad.detach().float().norm() for grad in grads]
+        grads = [p.grad.detach() for p in own if p.grad is not None]
+        if not grads:
+            continue
+        if isinstance(module, StateMatrix):
+            parts = [module.by_direction(g).flatten(1) for g in grads]
+            norms[name] = torch.cat(parts, 1).float().norm(dim=1)
+        else:
+            each = [grad.float().norm() for grad in grads]
             norms[name] = torch.stack(each).norm()
     return norms
 
 
-def to_host(
-    table: Mapping[str, Mapping[str, Tensor]],
-) -> dict[str, dict[str, Tensor]]:
-    """Bring the real tensors of a table to the host, in one transfer.
+def to_host(table: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+    """Bring real tensors to the host, in one transfer.
 
     Args:
-        table (Mapping[str, Mapping[str, Tensor]]): On one device, any shapes.
+        table (Mapping[Key, Tensor]): On one device, any shapes.
 
     Returns:
-        dict[str, dict[str, Tensor]]: The same, float32 or wider.
+        dict[Key, Tensor]: The same, float32 or wider.
     """
-    tensors = [x.detach() for row in table.values() for x in row.values()]
+    tensors = [x.detach() for x in table.values()]
     dtype = torch.float32
     for x in tensors:
         if x.is_floating_point():
             dtype = torch.promote_types(dtype, x.dtype)
-    flat = [x.reshape(-1).to(dtype) for x in tensors]
+    device = tensors[0].device if tensors else torch.device('cpu')
+    flat = [x.to(device, dtype).reshape(-1) for x in tensors]
     together = torch.cat(flat).cpu() if flat else torch.empty(0)
-    parts = iter(together.split([len(x) for x in flat]))
+    parts = together.split([len(x) for x in flat])
     return {
-        name: {key: next(parts).reshape(x.shape) for key, x in row.items()}
-        for name, row in table.items()
+        key: part.reshape(x.shape)
+        for (key, x), part in zip(table.items(), parts, strict=True)
     }
 
 
-def parameters_of(
-    matrices: Mapping[str, StateMatrix],
-) -> dict[str, dict[str, Tensor]]:
-    """Parameters, buffers and bounds of state matrices, for :func:`to_host`.
-
-    Args:
-        matrices (Mapping[str, StateMatrix]): By the names of their layers.
-
-    Returns:
-        dict[str, dict[str, Tensor]]: A row for each, by another name.
-    """
-    return {
-        _OWN + name: {
-            **dict(matrix.named_parameters()),
-            **dict(matrix.named_buffers()),
-            **_bounds(matrix),
-        }
-        for name, matrix in matrices.items()
-    }
-
-
-def on_host(matrix: StateMatrix, tensors: Mapping[str, Tensor]) -> StateMatrix:
-    """A state matrix that computes with these tensors instead of its own.
-
-    Args:
-        matrix (StateMatrix): Is left as it is.
-        tensors (Mapping[str, Tensor]): Its row of :func:`parameters_of`, on
-            the host.
-
-    Returns:
-        StateMatrix: Another one, without gradient.
-    """
-    twin = copy.deepcopy(matrix, dict(_stand_ins(matrix, tensors)))
-    twin.reparametrizations = [
-        _with_bounds(rule, tensors.get(f'{_BOUND}{i}'))
-        for i, rule in enumerate(matrix.reparametrizations)
-    ]
-    if isinstance(twin, FullStateMatrix):
-        # of the tensors that are replaced
-        twin._known = twin._obeying = twin.projection = None
-    return twin
-
-
-def _stand_ins(
-    matrix: StateMatrix, tensors: Mapping[str, Tensor]
-) -> Iterator[tuple[int, Any]]:
-    """What a deep copy takes in the place of the tensors of a matrix."""
-    for name, parameter in matrix.named_parameters():
-        yield id(parameter), nn.Parameter(tensors[name], requires_grad=False)
-    for name, buffer in matrix.named_buffers():
-        yield id(buffer), tensors[name]
-    yield id(matrix.reparametrizations), []
-    for name in ('_known', '_obeying', 'projection'):
-        found = getattr(matrix, name, None)
-        if found is not None:  # need not be copied
-            yield id(found), ()
-
-
-def _bounds(matrix: StateMatrix) -> dict[str, Tensor]:
-    """Bounds of its rules that are tensors."""
-    bounds = (getattr(r, 'rho_max', None) for r in matrix.reparametrizations)
-    return {
-        f'{_BOUND}{i}': bound
-        for i, bound in enumerate(bounds)
-        if isinstance(bound, Tensor)
-    }
-
-
-def _with_bounds(rule: Any, rho_max: Tensor | None) -> Any:
+def _with_bound(rule: Any, rho_max: Tensor | None) -> Any:
     if rho_max is None:
         return rule
     return dataclasses.replace(rule, rho_max=rho_max)
@@ -472,19 +487,22 @@ def _step_rows(
     }
 
 
-def _basis_rows(matrix: StateMatrix) -> dict[str, Tensor]:
-    """How the scan runs with a full matrix, and how its gradient is taken."""
-    if not isinstance(matrix, FullStateMatrix):
+def _basis_rows(matrix: StateMatrixView) -> dict[str, Tensor]:
+    """Tell how the scan and the gradient of full matrices are computed."""
+    basis, full = matrix.eigenbasis(), matrix.parametrization
+    if basis is None or not isinstance(full, Full):
         return {}
-    basis = matrix.eigenbasis()
+    # a layer runs as its worst matrix needs
+    kind = basis.kind(full.kappa_max, gradient=True).amax()
+    bounded = matrix.by_direction(basis.cosine) < SMALLEST_COSINE
     return {
-        'kind': basis.kind(matrix.kappa_max, gradient=True).amax(),
-        'bounded_gradients': (basis.cosine < SMALLEST_COSINE).sum(),
+        'kind': kind.expand(matrix.directions),
+        'bounded_gradients': bounded.sum(1),
     }
 
 
 def _ssms(runner: Runner) -> dict[str, SelectiveSSM]:
-    """Directions of the model's layers by their names."""
+    """Find the layers with state matrices, by name."""
     return {
         name: module
         for name, module in bare_model(runner.model).named_modules()
@@ -496,8 +514,11 @@ def _stabilizers(runner: Runner) -> list[StabilizerHook]:
     return [h for h in runner.hooks if isinstance(h, StabilizerHook)]
 
 
-@torch.no_grad()
-def _some(matrix: StateMatrix, most: int) -> list[list[float]]:
-    """Eigenvalues as (real, imaginary), evenly spread over the channels."""
-    chosen = some_rows(matrix.eigenvalues(), most).reshape(-1)
+def _some(values: Tensor, most: int) -> list[list[float]]:
+    """Choose eigenvalues (rows, N), evenly spread over the channels.
+
+    Returns:
+        list[list[float]]: (real, imaginary).
+    """
+    chosen = some_rows(values, most).reshape(-1)
     return torch.view_as_real(chosen + 0j).tolist()

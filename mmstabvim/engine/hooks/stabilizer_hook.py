@@ -1,4 +1,4 @@
-"""What the hooks that constrain state matrices have in common."""
+"""Base class of the hooks that apply rules to state matrices."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from mmstabvim.engine.hooks.after_step_hook import (
 )
 from mmstabvim.engine.weight_reparametrization import live_and_average
 from mmstabvim.layers.state_matrix import (
-    Constraint,
+    Rule,
     StateMatrix,
     check_finite,
-    decompose_together,
+    decompose_all,
     state_matrices,
 )
 from mmstabvim.stability.inputs import check_choice
@@ -35,7 +35,7 @@ CHECKPOINT_KEY = 'free_state_matrices'
 
 
 class StabilizerHook(AfterStepHook):
-    """Make every state matrix of the model obey a rule during training.
+    """Make every state matrix of the model obey rules during training.
 
     ``mode='project'`` changes the parameters in place, once before training
     (after loading) and then inside each optimizer step, through the
@@ -52,16 +52,20 @@ class StabilizerHook(AfterStepHook):
     afterwards. A matrix with a frozen parameter is left alone.
 
     Args:
-        mode (str): ``'project'`` or ``'reparam'``.
+        rules (Sequence[Rule]): At least one.
+        mode (str): ``'project'`` or ``'reparam'``. Defaults to
+            ``'project'``.
+
+    Raises:
+        ValueError: If there is no rule or the mode is unknown.
     """
 
-    rule: Constraint
-    """What the hook asks for."""
-
-    def __init__(self, mode: str) -> None:
+    def __init__(self, rules: Sequence[Rule], mode: str = 'project') -> None:
         super().__init__()
         check_choice('mode', mode, MODES)
-        self.mode = mode
+        if not rules:
+            raise ValueError('rules must not be empty')
+        self.rules, self.mode = list(rules), mode
         self.measuring = False
         self.measured: dict[str, dict[str, torch.Tensor]] = {}
         self._reparametrized = False
@@ -71,12 +75,12 @@ class StabilizerHook(AfterStepHook):
 
     # ----------------------------------------------------- of a stabilizer
 
-    def rule_for(self, name: str, matrix: StateMatrix) -> Constraint:
-        """The rule of one matrix."""
-        raise NotImplementedError
+    def rules_for(self, name: str, matrix: StateMatrix) -> list[Rule]:
+        """Return the rules of one layer."""
+        return self.rules
 
     def why_idle(self, matrix: StateMatrix) -> str | None:
-        """Why the rule leaves this matrix as it is; None if it need not."""
+        """Tell why no rule can change this matrix; None if one can."""
         return None
 
     # ---------------------------------------------------------- life cycle
@@ -93,8 +97,7 @@ class StabilizerHook(AfterStepHook):
             install(ours, matrices)
             self._reparametrized = True
             return
-        project(ours, matrices)
-        say_if_blended(matrices)
+        say_if_blended(project(ours, matrices))
         for optimizer in optimizers_of(runner.optim_wrapper, matrices):
             self.arm(optimizer, lambda: project(ours, matrices))
 
@@ -146,13 +149,6 @@ class StabilizerHook(AfterStepHook):
 
     # --------------------------------------------------------------- parts
 
-    def measure(
-        self, name: str, matrix: StateMatrix, before: Sequence[torch.Tensor]
-    ) -> None:
-        """Note how far a projection went, where somebody looks."""
-        if before:
-            self.measured[name] = _changes(before, matrix)
-
     def _say_if_idle(self, matrices: Mapping[str, StateMatrix]) -> None:
         with torch.no_grad():
             reasons = {self.why_idle(matrix) for matrix in matrices.values()}
@@ -170,8 +166,16 @@ def install(
 ) -> None:
     """Put the hooks' rules into the forward pass of these matrices."""
     for name, matrix in matrices.items():
-        matrix.reparametrizations = [h.rule_for(name, matrix) for h in hooks]
+        matrix.reparametrizations = rules_of(hooks, name, matrix)
         matrix.check_reparametrizations(name)
+
+
+def rules_of(
+    hooks: Sequence[StabilizerHook], name: str, matrix: StateMatrix
+) -> list[Rule]:
+    """Collect the rules of several hooks for one layer, in their order."""
+    rules = [rule for h in hooks for rule in h.rules_for(name, matrix)]
+    return sorted(rules, key=lambda rule: rule.order)
 
 
 def trained(
@@ -195,14 +199,13 @@ def _say_frozen(names: tuple[str, ...]) -> None:
     )
 
 
-def say_if_blended(matrices: Mapping[str, StateMatrix]) -> None:
-    """Say what the condition number of the start has cost."""
-    outcomes = [getattr(m, 'projection', None) for m in matrices.values()]
-    shares = [float(o.blend.amax()) for o in outcomes if o is not None]
+def say_if_blended(reports: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Say how much the condition number of the initialization has cost."""
+    shares = [float(r['blend'].amax()) for r in reports if 'blend' in r]
     if max(shares, default=0.0) > 0:
         print_log(
-            f'{sum(s > 0 for s in shares)} of {len(matrices)} state matrices '
-            'start with eigenvectors of a larger condition number than '
+            f'{sum(s > 0 for s in shares)} of {len(reports)} layers start '
+            'with eigenvectors of a larger condition number than '
             'condition_max: they were blended with a normal matrix, by s up '
             f"to {max(shares):.2f} of 1. init='ptd' is a start that fits; "
             'condition_max=None leaves the condition number out',
@@ -242,34 +245,42 @@ def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:
     """
     ours = (h for h in runner.hooks if isinstance(h, StabilizerHook))
     return sorted(
-        (h for h in ours if h.mode == mode), key=lambda h: h.rule.order
+        (h for h in ours if h.mode == mode),
+        key=lambda h: min(rule.order for rule in h.rules),
     )
 
 
 @torch.no_grad()
 def project(
     hooks: Sequence[StabilizerHook], matrices: Mapping[str, StateMatrix]
-) -> None:
+) -> list[dict[str, torch.Tensor]]:
     """Make matrices obey the rules of all hooks, in place.
 
     Args:
-        hooks (Sequence[StabilizerHook]): Whose rules, in their order.
-        matrices (Mapping[str, StateMatrix]): Which matrices, by name.
+        hooks (Sequence[StabilizerHook]): Source of the rules, in their order.
+        matrices (Mapping[str, StateMatrix]): By name.
+
+    Returns:
+        list[dict[str, Tensor]]: Report of each projection; see
+        :meth:`.StateMatrix.apply_`.
 
     Raises:
         ValueError: If a parameter of a matrix is not finite, or a rule
             cannot be obeyed.
     """
     if not matrices:
-        return
+        return []
     check_finite(matrices)
-    decompose_together(matrices.values())
+    decompose_all(matrices)
     measuring = any(hook.measuring for hook in hooks)
+    reports = []
     for name, matrix in matrices.items():
-        before = tuple(p.detach().clone() for p in matrix.raw() if measuring)
-        rules = [hook.rule_for(name, matrix) for hook in hooks]
-        matrix.apply_(*rules, name=name)
-        hooks[0].measure(name, matrix, before)
+        before = [p.detach().clone() for p in matrix.free if measuring]
+        report = matrix.apply_(*rules_of(hooks, name, matrix), name=name)
+        if measuring:
+            hooks[0].measured[name] = _changes(before, matrix) | report
+        reports.append(report)
+    return reports
 
 
 def optimizers_of(
@@ -283,20 +294,15 @@ def optimizers_of(
 def _changes(
     before: Sequence[torch.Tensor], matrix: StateMatrix
 ) -> dict[str, torch.Tensor]:
-    """How far a projection went, and what share of the numbers it moved."""
-    pairs = list(zip(matrix.raw(), before, strict=True))
-    moved = torch.stack([(a != b).sum() for a, b in pairs]).sum()
-    squares = [(a - b).float().square().sum() for a, b in pairs]
-    found = {
-        'projection_distance': torch.stack(squares).sum().sqrt(),
-        'projected_share': moved / sum(b.numel() for b in before),
+    """Measure length and share of a projection, for each direction."""
+    pairs = [
+        (matrix.by_direction(a), matrix.by_direction(b))
+        for a, b in zip(matrix.free, before, strict=True)
+    ]
+    moved = sum((a != b).flatten(1).sum(1) for a, b in pairs)
+    squares = sum((a - b).float().square().flatten(1).sum(1) for a, b in pairs)
+    numbers = sum(b[0].numel() for _, b in pairs)
+    return {
+        'projection_distance': torch.as_tensor(squares).sqrt(),
+        'projected_share': torch.as_tensor(moved) / numbers,
     }
-    outcome = getattr(matrix, 'projection', None)
-    if outcome is not None:
-        device = before[0].device
-        found |= {
-            'projected_matrices': outcome.moved.sum().to(device),
-            'blend': outcome.blend.amax().to(device),
-            'fit_residual': outcome.residual.amax().to(device),
-        }
-    return found

@@ -1,149 +1,348 @@
 """Diagonal state matrices: one eigenvalue per channel and state."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmstabvim.layers.state_matrix.base import (
-    Params,
+from mmstabvim.layers.state_matrix.fixed_basis import as_complex
+from mmstabvim.layers.state_matrix.parametrization import (
+    Obeying,
+    P,
+    Parametrization,
     ScanMatrices,
-    StateMatrix,
-    autocast_off,
 )
-from mmstabvim.layers.state_matrix.constraints import (
-    Constraint,
+from mmstabvim.layers.state_matrix.rules import (
     EigenvalueClamping,
+    Rule,
     SpectralNormalization,
-    check_together,
+    check_compatible,
+    largest_in_direction,
 )
-from mmstabvim.layers.state_matrix.fixed_basis import (
-    FixedBasis,
-    InputBias,
-    as_complex,
-)
-from mmstabvim.layers.state_matrix.initialization import (
-    check_init,
-    diagonal_start,
-)
-from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.state.clamping import (
     clamp_real_part,
     straight_through,
 )
-from mmstabvim.stability.state.eigenbasis import condition_number
-from mmstabvim.stability.state.hippo import s4d_real
 from mmstabvim.stability.state.normalization import log_radius_scale
-from mmstabvim.stability.state.perturbation import Perturbation
 
 
-class DiagonalStateMatrix(StateMatrix):
-    """A state matrix whose parameters are its eigenvalues."""
+class Diagonal(Parametrization[P]):
+    """A parametrization by the eigenvalues themselves.
 
-    def scan_matrices(self, B: Tensor, C: Tensor) -> ScanMatrices:
-        """B and C as they are; A in the precision of the state."""
-        B, C = (m.unflatten(-1, (1, -1)) for m in (B, C))
-        return ScanMatrices(self.eigenvalues(), B, C)
+    There is a matrix for each channel: ``rows = directions * d_inner``.
+    """
 
-    def clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
-        """Clamp each eigenvalue; its gradient is as ``rule.grad`` says."""
-        clamped = self._clamp(params, rule)
-        if rule.grad == 'clamp':
-            return clamped
-        return tuple(
-            straight_through(old, new)
-            for old, new in zip(params, clamped, strict=True)
+    def scan_matrices(self, params: P, B: Tensor, C: Tensor) -> ScanMatrices:
+        """Return B and C as they are, and A in the state's precision."""
+        return ScanMatrices(
+            self.split(self.eigenvalues(params)),
+            B.unsqueeze(-2),
+            C.unsqueeze(-2),
         )
 
-    def _clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
+    def clamp(self, params: P, rule: EigenvalueClamping) -> P:
+        """Clamp each eigenvalue, with the gradient that the rule asks for."""
+        clamped = self.clamp_each(params, rule)
+        if rule.grad == 'clamp':
+            return clamped
+        pairs = zip(params, clamped, strict=True)
+        return self.pack([straight_through(old, new) for old, new in pairs])
+
+    def clamp_each(self, params: P, rule: EigenvalueClamping) -> P:
+        """Clamp each eigenvalue, with the gradient of a clamp."""
         raise NotImplementedError
 
-    def obeying(
+    def project(
         self,
-        params: Params,
-        rules: Sequence[Constraint],
+        params: P,
+        rules: Sequence[Rule],
         dtype: torch.dtype | None = None,
         name: str = '',
-    ) -> Params:
-        """Parameters that obey rules together; rows that do stay as they are.
+    ) -> Obeying[P]:
+        """Return parameters that obey rules together.
 
-        In a narrower dtype the result is rounded towards what the rules ask.
+        Rows that obey stay as they are. In a narrower dtype the result is
+        rounded towards what the rules ask.
         """
-        if not rules:
-            return params
-        check_together(rules)
+        check_compatible(rules)
         dtype = params[0].dtype if dtype is None else dtype
         new = params
         for rule in rules:
-            new = self._rounded(rule(self, new), rule, dtype)
-        if len(rules) < 2:
-            return new
-        obeys = self._obeys(params, rules, torch.finfo(dtype).eps)[:, None]
-        pairs = zip(params, new, strict=True)
-        return tuple(torch.where(obeys, old, x) for old, x in pairs)
+            new = self._rounded(self.obey(new, rule), rule, dtype)
+        if len(rules) > 1:
+            obeys = self._obeys(params, rules, torch.finfo(dtype).eps)[:, None]
+            pairs = zip(params, new, strict=True)
+            new = self.pack([torch.where(obeys, old, x) for old, x in pairs])
+        return Obeying(new, {})
 
-    def _rounded(
-        self, params: Params, rule: Constraint, dtype: torch.dtype
-    ) -> Params:
-        """Numbers of a narrower dtype that obey, in their own dtype."""
+    def _rounded(self, params: P, rule: Rule, dtype: torch.dtype) -> P:
+        """Round to numbers of a narrower dtype that obey."""
         wide = params[0].dtype
         if dtype.itemsize >= wide.itemsize:
             return params
-        stored = tuple(x.to(dtype) for x in params)
+        stored = [x.to(dtype) for x in params]
         for _ in range(_ROUNDINGS):
-            given = tuple(x.to(wide) for x in stored)
-            wanted = rule(self, given)
+            given = self.pack([x.to(wide) for x in stored])
+            wanted = self.obey(given, rule)
             moved = [w != x for w, x in zip(wanted, given, strict=True)]
             if not torch.stack([m.any() for m in moved]).any():
                 break
-            stored = tuple(
+            stored = [
                 torch.where(m, _next(x, w), x)
                 for m, x, w in zip(moved, stored, wanted, strict=True)
-            )
-        return tuple(x.to(wide) for x in stored)
+            ]
+        return self.pack([x.to(wide) for x in stored])
 
     @torch.no_grad()
     def _obeys(
-        self, params: Params, rules: Sequence[Constraint], rounding: float
+        self, params: P, rules: Sequence[Rule], rounding: float
     ) -> Tensor:
-        """Which rows obey all rules, (rows,), bool.
+        """Tell which rows obey all rules, (rows,), bool.
 
         Clamping the real part of a complex eigenvalue takes its modulus up
         to ``hypot(rho_max, eps)``.
         """
-        values = self.eigenvalues_of(params)
+        values = self.eigenvalues(params)
         low, high = values.real.amin(-1), values.real.amax(-1)
-        modulus = values.abs().amax(-1)
         limits = [r.abscissa_limit for r in rules]
-        ceiling = min(
-            (limit for limit in limits if limit is not None),
-            default=math.inf,
-        )
+        ceiling = min((x for x in limits if x is not None), default=math.inf)
         obeys = high <= ceiling
         for rule in rules:
             if isinstance(rule, EigenvalueClamping):
                 if rule.lambda_max is not None:
                     obeys = obeys & (low >= -rule.lambda_max)
             elif rule.domain == 'continuous':
-                rho_max = torch.as_tensor(rule.rho_max).to(modulus)
-                if rule.granularity == 'layer':
-                    rho_max = rho_max.amax()
-                if values.is_complex() and ceiling < 0:
-                    eps = rho_max.new_tensor(-ceiling * (1 + rounding))
-                    rho_max = rho_max.hypot(eps)
-                within = modulus <= rho_max * (1 + 1e-6)
-                layer = rule.granularity == 'layer'
-                obeys = obeys & (within.all() if layer else within)
+                obeys = obeys & self._within(values, rule, ceiling, rounding)
         return obeys
+
+    def _within(
+        self,
+        values: Tensor,
+        rule: SpectralNormalization,
+        ceiling: float,
+        rounding: float,
+    ) -> Tensor:
+        """Tell which rows are within a spectral radius, (rows,), bool."""
+        modulus = values.abs().amax(-1)
+        layer = rule.granularity == 'layer'
+        rho_max = torch.as_tensor(rule.rho_max).to(modulus)
+        rho_max = rho_max.expand_as(modulus)
+        if layer:
+            rho_max = largest_in_direction(rho_max, self.directions)
+        if values.is_complex() and ceiling < 0:
+            eps = rho_max.new_tensor(-ceiling * (1 + rounding))
+            rho_max = rho_max.hypot(eps)
+        above = modulus > rho_max * (1 + 1e-6)
+        if layer:
+            above = largest_in_direction(above, self.directions)
+        return ~above
 
 
 _ROUNDINGS = 8
 """Units in the last place that a rounded parameter may have to be moved."""
 
 
+class NegExpParams(NamedTuple):
+    """Parameters of :class:`NegExp`."""
+
+    A_log: Tensor  # (rows, d_state)
+
+
+class NegExp(Diagonal[NegExpParams]):
+    """Real negative diagonal ``A = -exp(A_log)``, as in Mamba and Vim.
+
+    Always stable: every eigenvalue is negative.
+
+    Source: arXiv:2312.00752, Sec. 3.6.
+    """
+
+    names = ('A_log',)
+    can_be_unstable = False
+
+    def pack(self, tensors: Sequence[Tensor]) -> NegExpParams:
+        """Name the parameter."""
+        return NegExpParams(*tensors)
+
+    def distance(self, params: NegExpParams, real: float) -> float:
+        """Measure in units of A_log; infinite for ``real >= 0``."""
+        return _log_distance(params.A_log, real)
+
+    def eigenvalues(self, params: NegExpParams) -> Tensor:
+        """Compute ``-exp(A_log)``, real, (rows, d_state)."""
+        return -torch.exp(params.A_log)
+
+    def normalize(
+        self, params: NegExpParams, rule: SpectralNormalization
+    ) -> NegExpParams:
+        """Subtract in log space, where nothing overflows."""
+        if rule.domain == 'discrete':
+            return super().normalize(params, rule)
+        self.check_granularity(rule)
+        x = params.A_log
+        excess = _log_excess(x, rule, self.directions)
+        return NegExpParams((x - excess[:, None]).to(x.dtype))
+
+    def scale(self, params: NegExpParams, divisor: Tensor) -> NegExpParams:
+        """Return parameters of ``A / divisor``."""
+        return NegExpParams(params.A_log - divisor.log()[:, None])
+
+    def shift(self, params: NegExpParams, shift: Tensor) -> NegExpParams:
+        """Return parameters of ``A - shift I``; log(0) adds nothing."""
+        return NegExpParams(_add_in_log_space(params.A_log, shift[:, None]))
+
+    def clamp_each(
+        self, params: NegExpParams, rule: EigenvalueClamping
+    ) -> NegExpParams:
+        """Clamp the logarithms."""
+        return NegExpParams(_clamp_log(params.A_log, rule))
+
+
+class SignedParams(NamedTuple):
+    """Parameters of :class:`Signed`."""
+
+    A: Tensor  # (rows, d_state)
+
+
+class Signed(Diagonal[SignedParams]):
+    """Real diagonal of any sign, the parameters themselves.
+
+    The cheapest parametrization in which training can leave the stable half
+    plane, and stabilizers can act.
+    """
+
+    names = ('A',)
+
+    def pack(self, tensors: Sequence[Tensor]) -> SignedParams:
+        """Name the parameter."""
+        return SignedParams(*tensors)
+
+    def eigenvalues(self, params: SignedParams) -> Tensor:
+        """Return A itself, (rows, d_state)."""
+        return params.A
+
+    def scale(self, params: SignedParams, divisor: Tensor) -> SignedParams:
+        """Return parameters of ``A / divisor``."""
+        return SignedParams(params.A / divisor[:, None])
+
+    def shift(self, params: SignedParams, shift: Tensor) -> SignedParams:
+        """Return parameters of ``A - shift I``."""
+        return SignedParams(params.A - shift[:, None])
+
+    def clamp_each(
+        self, params: SignedParams, rule: EigenvalueClamping
+    ) -> SignedParams:
+        """Clamp the eigenvalues."""
+        return SignedParams(
+            clamp_real_part(params.A, rule.floor, rule.lambda_max)
+        )
+
+
+class ComplexParams(NamedTuple):
+    """Parameters of :class:`Complex`."""
+
+    real: Tensor  # (rows, d_state): the real part, or its logarithm
+    im: Tensor  # (rows, d_state)
+
+
+class Complex(Diagonal[ComplexParams]):
+    """Complex diagonal; a stored eigenvalue stands for a conjugate pair.
+
+    B_t and C_t are complex, so their projections are twice as wide, and the
+    output is ``2 Re(sum C h)``.
+
+    Args:
+        real_part (str): ``'neg_exp'``: the real part is ``-exp(log_re)``;
+            ``'free'``: the parameter ``re`` itself, of any sign. Defaults to
+            ``'neg_exp'``.
+        directions (int): Directions of the layer. Defaults to 1.
+    """
+
+    multiplicity, numbers = 2, 2
+
+    def __init__(
+        self, real_part: str = 'neg_exp', directions: int = 1
+    ) -> None:
+        super().__init__(directions)
+        self.can_be_unstable = real_part == 'free'
+        self.names = ('re' if self.can_be_unstable else 'log_re', 'im')
+
+    def options(self) -> dict[str, Any]:
+        """Options of the parametrization, to be shown."""
+        part = 'free' if self.can_be_unstable else 'neg_exp'
+        return dict(real_part=part, **super().options())
+
+    def pack(self, tensors: Sequence[Tensor]) -> ComplexParams:
+        """Name the parameters."""
+        return ComplexParams(*tensors)
+
+    def distance(self, params: ComplexParams, real: float) -> float:
+        """Measure in units of log_re, or of re if that is the parameter."""
+        if self.can_be_unstable:
+            return super().distance(params, real)
+        return _log_distance(params.real, real)
+
+    def eigenvalues(self, params: ComplexParams) -> Tensor:
+        """Compute the eigenvalues, complex, (rows, d_state)."""
+        real, im = params
+        return torch.complex(real if self.can_be_unstable else -real.exp(), im)
+
+    def scan_matrices(
+        self, params: ComplexParams, B: Tensor, C: Tensor
+    ) -> ScanMatrices:
+        """Return B and C as complex numbers."""
+        return super().scan_matrices(params, as_complex(B), as_complex(C))
+
+    def normalize(
+        self, params: ComplexParams, rule: SpectralNormalization
+    ) -> ComplexParams:
+        """Subtract in log space where the real part is a logarithm."""
+        if self.can_be_unstable or rule.domain == 'discrete':
+            return super().normalize(params, rule)
+        self.check_granularity(rule)
+        log_re, im = params
+        # ln |lambda|, without exp(log_re)
+        tiny = torch.finfo(im.dtype).tiny
+        log_im = im.abs().clamp(min=tiny).log()
+        modulus = torch.logaddexp(2 * log_re, 2 * log_im) / 2
+        excess = _log_excess(modulus, rule, self.directions)
+        factor = (-excess).exp()[:, None]
+        moved = (log_re - excess[:, None]).to(log_re.dtype)
+        im = torch.where(factor == 1, im, im * factor).to(im.dtype)
+        return ComplexParams(moved, im)
+
+    def scale(self, params: ComplexParams, divisor: Tensor) -> ComplexParams:
+        """Return parameters of ``A / divisor``."""
+        real, im = params
+        divisor = divisor[:, None]
+        if self.can_be_unstable:
+            return ComplexParams(real / divisor, im / divisor)
+        return ComplexParams(real - divisor.log(), im / divisor)
+
+    def shift(self, params: ComplexParams, shift: Tensor) -> ComplexParams:
+        """Return parameters of ``A - shift I``."""
+        real, im = params
+        if self.can_be_unstable:
+            return ComplexParams(real - shift[:, None], im)
+        return ComplexParams(_add_in_log_space(real, shift[:, None]), im)
+
+    def clamp_each(
+        self, params: ComplexParams, rule: EigenvalueClamping
+    ) -> ComplexParams:
+        """Clamp the real parts."""
+        real, im = params
+        if self.can_be_unstable:
+            real = clamp_real_part(real, rule.floor, rule.lambda_max)
+        else:
+            real = _clamp_log(real, rule)
+        return ComplexParams(real, im)
+
+
 def _next(x: Tensor, towards: Tensor) -> Tensor:
-    """The neighbour of each number in its dtype, on the side of another."""
+    """Return each number's neighbour in its dtype, on the side of another."""
     infinite = torch.where(
         towards > x.to(towards.dtype), torch.inf, -torch.inf
     )
@@ -152,257 +351,21 @@ def _next(x: Tensor, towards: Tensor) -> Tensor:
 
 
 def _log_distance(log_rate: Tensor, real: float) -> float:
-    """How far the smallest of these is from ``log(-real)``."""
+    """Measure how far the smallest of these is from ``log(-real)``."""
     if real >= 0:
         return math.inf
     return max(float(log_rate.detach().amin()) - math.log(-real), 0.0)
 
 
-class NegExpStateMatrix(DiagonalStateMatrix):
-    """Real negative diagonal ``A = -exp(A_log)``, as in Mamba and Vim.
-
-    Initialized to S4D-Real: ``A[d, n] = -(n + 1)``. Always stable: every
-    eigenvalue is negative.
-
-    Args:
-        d_inner (int): Channels.
-        d_state (int): State size N.
-        init (str): ``'s4d_real'``, as the eigenvalues are real. Defaults to
-            it.
-
-    Source: arXiv:2206.11893, Sec. 4 (S4D-Real).
-    """
-
-    can_be_unstable = False
-
-    def __init__(
-        self, d_inner: int, d_state: int, init: str = 's4d_real'
-    ) -> None:
-        super().__init__(d_inner, d_state)
-        check_init(init, 'neg_exp')
-        rates = -s4d_real(d_state, torch.float32)
-        self.A_log = nn.Parameter(rates.log().repeat(d_inner, 1))
-
-    def distance_to(self, real: float) -> float:
-        """In units of A_log; infinite for ``real >= 0``."""
-        return _log_distance(self.A_log, real)
-
-    def eigenvalues_of(self, params: Params) -> Tensor:
-        """Of (A_log,): real, (d_inner, d_state)."""
-        return -torch.exp(params[0])
-
-    def normalize(self, params: Params, rule: SpectralNormalization) -> Params:
-        """By a subtraction in log space, where nothing overflows."""
-        if rule.domain == 'discrete':
-            return super().normalize(params, rule)
-        return (_lower_log(params[0], rule),)
-
-    def scaled(self, params: Params, scale: Tensor) -> Params:
-        """Parameters of ``A / scale``."""
-        return (params[0] - scale.log()[:, None],)
-
-    def shifted(self, params: Params, shift: Tensor) -> Params:
-        """Parameters of ``A - shift I``; log(0) adds nothing."""
-        return (_add_in_log_space(params[0], shift[:, None]),)
-
-    def _clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
-        return (_clamp_log(params[0], rule),)
-
-
-class SignedStateMatrix(DiagonalStateMatrix):
-    """Real diagonal of any sign, the parameters themselves.
-
-    Initialized to S4D-Real. The cheapest parametrization in which training
-    can leave the stable half plane, and stabilizers can act.
-
-    Args:
-        d_inner (int): Channels.
-        d_state (int): State size N.
-        init (str): ``'s4d_real'``, as the eigenvalues are real. Defaults to
-            it.
-    """
-
-    def __init__(
-        self, d_inner: int, d_state: int, init: str = 's4d_real'
-    ) -> None:
-        super().__init__(d_inner, d_state)
-        check_init(init, 'signed')
-        values = s4d_real(d_state, torch.float32)
-        self.A = nn.Parameter(values.repeat(d_inner, 1))
-
-    def eigenvalues_of(self, params: Params) -> Tensor:
-        """Of (A,): A itself, (d_inner, d_state)."""
-        return params[0]
-
-    def scaled(self, params: Params, scale: Tensor) -> Params:
-        """Parameters of ``A / scale``."""
-        return (params[0] / scale[:, None],)
-
-    def shifted(self, params: Params, shift: Tensor) -> Params:
-        """Parameters of ``A - shift I``."""
-        return (params[0] - shift[:, None],)
-
-    def _clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
-        return (clamp_real_part(params[0], rule.floor, rule.lambda_max),)
-
-
-class ComplexStateMatrix(DiagonalStateMatrix):
-    """Complex diagonal; a stored eigenvalue stands for a conjugate pair.
-
-    B_t and C_t are complex, so their projections are twice as wide, and the
-    output is ``2 Re(sum C h)``.
-
-    With a basis the eigenvalues are all those of a real matrix ``X
-    diag(lambda) X^-1``, B_t and C_t are real and change to the eigenbasis X,
-    and the output is ``Re(sum C h)``: the start is the selective SSM of that
-    matrix. X stays as it is in training, and is kept in checkpoints.
-
-    Args:
-        d_inner (int): Channels.
-        d_state (int): Stored eigenvalues, each for two real states; with a
-            basis each for one.
-        real_part (str): ``'neg_exp'``: the real part is ``-exp(log_re)``;
-            ``'free'``: the parameter ``re`` itself, of any sign. Defaults to
-            ``'neg_exp'``.
-        init (str): ``'s4d_lin'``, ``'s4d_inv'``, ``'s4d_legs'`` or ``'ptd'``,
-            which starts with the d_state eigenvalues of a perturbed
-            HiPPO-LegS. Defaults to ``'s4d_lin'``.
-        with_basis (bool, optional): Keep the eigenbasis of ``'ptd'``; without
-            it B_t and C_t are complex and only the eigenvalues are PTD's. The
-            others have none. Defaults to None, for with ``'ptd'`` only.
-        hippo_bias (bool): Add to each B_t a trainable constant that starts
-            at HiPPO's B over N; of ``'s4d_legs'`` and ``'ptd'``. Defaults to
-            False.
-        ptd (Perturbation, optional): How ``'ptd'`` perturbs; in configs its
-            fields are options such as ``ptd_norm=0.4``. Defaults to None, for
-            its defaults.
-
-    Raises:
-        ValueError: If a choice is unknown, or does not go with the others.
-
-    Source: arXiv:2206.11893, Sec. 4, for S4D; arXiv:2310.01698 for PTD.
-    """
-
-    multiplicity, numbers = 2, 2
-
-    def __init__(
-        self,
-        d_inner: int,
-        d_state: int,
-        real_part: str = 'neg_exp',
-        init: str = 's4d_lin',
-        with_basis: bool | None = None,
-        hippo_bias: bool = False,
-        ptd: Perturbation | None = None,
-    ) -> None:
-        super().__init__(d_inner, d_state)
-        check_choice('real_part', real_part, ('neg_exp', 'free'))
-        check_init(init, 'complex')
-        if with_basis and init != 'ptd':
-            raise ValueError(f"with_basis needs init='ptd', got {init!r}")
-        self.can_be_unstable = real_part == 'free'
-        start = diagonal_start(init, d_state, with_basis is not False, ptd)
-        if hippo_bias and start.input_matrix is None:
-            raise ValueError(
-                f"hippo_bias needs init='s4d_legs' or 'ptd', got {init!r}"
-            )
-        values = start.eigenvalues.to(
-            torch.get_default_device(), torch.get_default_dtype().to_complex()
-        )
-        re = values.real.repeat(d_inner, 1)
-        if self.can_be_unstable:
-            self.re = nn.Parameter(re)
-        else:
-            self.log_re = nn.Parameter((-re).log())
-        self.im = nn.Parameter(values.imag.repeat(d_inner, 1))
-        self.basis = self.input_bias = None
-        if start.vectors is not None:
-            self.basis = FixedBasis(start.vectors)
-            self.multiplicity = self.numbers = 1
-        if hippo_bias and start.input_matrix is not None:
-            self.input_bias = InputBias(start.input_matrix)
-
-    def distance_to(self, real: float) -> float:
-        """In units of log_re, or of re if that is the parameter."""
-        if self.can_be_unstable:
-            return super().distance_to(real)
-        return _log_distance(self.log_re, real)
-
-    def eigenvalues_of(self, params: Params) -> Tensor:
-        """Of (log_re or re, im): complex, (d_inner, d_state)."""
-        re, im = params
-        return torch.complex(re if self.can_be_unstable else -re.exp(), im)
-
-    def scan_matrices(self, B: Tensor, C: Tensor) -> ScanMatrices:
-        """B and C as complex numbers, in the eigenbasis if there is one."""
-        if self.input_bias is not None:
-            B = self.input_bias(B)
-        if self.basis is not None:
-            with autocast_off(self):
-                B, C = self.basis(B, C)
-        B, C = (as_complex(m)[:, :, None] for m in (B, C))
-        return ScanMatrices(self.eigenvalues(), B, C)
-
-    def dense_of(self, params: Params) -> Tensor:
-        """Complex matrices (d_inner, d_state, d_state), 1/step."""
-        values = self.eigenvalues_of(params)
-        if self.basis is None:
-            return torch.diag_embed(values)
-        return self.basis.dense(values)
-
-    def condition(self) -> Tensor:
-        """Condition number of the eigenbasis, a scalar, 1 without one."""
-        if self.basis is None:
-            return super().condition()
-        return condition_number(self.basis.vectors)
-
-    def normalize(self, params: Params, rule: SpectralNormalization) -> Params:
-        """In log space where the real part is a logarithm."""
-        if self.can_be_unstable or rule.domain == 'discrete':
-            return super().normalize(params, rule)
-        log_re, im = params
-        # ln |lambda|, without exp(log_re)
-        tiny = torch.finfo(im.dtype).tiny
-        log_im = im.abs().clamp(min=tiny).log()
-        excess = _log_excess(torch.logaddexp(2 * log_re, 2 * log_im) / 2, rule)
-        scale = (-excess).exp()[:, None]
-        moved = (log_re - excess[:, None]).to(log_re.dtype)
-        return moved, torch.where(scale == 1, im, im * scale).to(im.dtype)
-
-    def scaled(self, params: Params, scale: Tensor) -> Params:
-        """Parameters of ``A / scale``."""
-        re, im = params
-        scale = scale[:, None]
-        if not self.can_be_unstable:
-            return re - scale.log(), im / scale
-        return re / scale, im / scale
-
-    def shifted(self, params: Params, shift: Tensor) -> Params:
-        """Parameters of ``A - shift I``."""
-        re, im = params
-        if self.can_be_unstable:
-            return re - shift[:, None], im
-        return _add_in_log_space(re, shift[:, None]), im
-
-    def _clamp(self, params: Params, rule: EigenvalueClamping) -> Params:
-        re, im = params
-        if self.can_be_unstable:
-            return clamp_real_part(re, rule.floor, rule.lambda_max), im
-        return _clamp_log(re, rule), im
-
-
-def _lower_log(x: Tensor, rule: SpectralNormalization) -> Tensor:
-    """Subtract what the largest of a row, or of all, has above the bound."""
-    return (x - _log_excess(x, rule)[:, None]).to(x.dtype)
-
-
-def _log_excess(log_modulus: Tensor, rule: SpectralNormalization) -> Tensor:
-    """What ``ln |lambda|`` (rows, d_state) has above the bound, (rows,)."""
+def _log_excess(
+    log_modulus: Tensor, rule: SpectralNormalization, directions: int
+) -> Tensor:
+    """Return the excess of ``ln |lambda|`` (rows, d_state), (rows,)."""
     largest, rho_max = log_modulus.amax(-1), rule.rho_max
     if rule.granularity == 'layer':
-        largest = largest.amax().expand_as(largest)
+        largest = largest_in_direction(largest, directions)
         if isinstance(rho_max, Tensor):
-            rho_max = rho_max.amax()
+            rho_max = largest_in_direction(rho_max, directions)
     return log_radius_scale(largest, rho_max, detach=rule.detach_scale)
 
 
@@ -420,6 +383,6 @@ def _clamp_log(x: Tensor, rule: EigenvalueClamping) -> Tensor:
 
 
 def _add_in_log_space(x: Tensor, shift: Tensor) -> Tensor:
-    """``log(exp(x) + shift)``, the same bits where the shift is 0."""
+    """Compute ``log(exp(x) + shift)``, the same bits where the shift is 0."""
     safe = torch.where(shift > 0, shift, torch.ones_like(shift))
     return torch.where(shift > 0, torch.logaddexp(x, safe.log()), x)

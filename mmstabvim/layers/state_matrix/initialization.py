@@ -1,4 +1,4 @@
-"""Where the state matrices start, by the name of the initialization.
+"""Initializations of the state matrices, by name.
 
 ``s4d_real`` -1, ..., -N; ``s4d_lin``, ``s4d_inv``, ``s4d_legs`` conjugate
 pairs with real part -1/2; ``hippo`` HiPPO-LegS itself; ``ptd`` a matrix near

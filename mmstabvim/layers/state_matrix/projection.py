@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from mmstabvim.layers.state_matrix.block_low_rank import BlockLowRank
-from mmstabvim.layers.state_matrix.constraints import (
-    Constraint,
+from mmstabvim.layers.state_matrix.rules import (
     EigenvalueClamping,
+    Rule,
     SpectralNormalization,
-    check_together,
+    check_compatible,
+    largest_in_direction,
 )
-from mmstabvim.stability.state.clamping import clamp_matrix, fit_block_low_rank
+from mmstabvim.stability.state.block_low_rank import fit_block_low_rank
+from mmstabvim.stability.state.clamping import clamp_matrix
 from mmstabvim.stability.state.eigenbasis import Eigenbasis, decompose
 from mmstabvim.stability.state.spectra import gelfand_bound, spectral_radius
 
@@ -70,7 +72,8 @@ class Bounds:
         scalings (tuple): Continuous-time spectral normalizations.
         method (str): How real parts are moved: ``'shift'``, ``'eig'`` or
             ``'schur'``.
-        share_shift (bool): All matrices are shifted alike.
+        share_shift (bool): All matrices of a direction are shifted alike.
+        directions (int): Directions of the layer.
     """
 
     ceiling: float = math.inf
@@ -79,20 +82,24 @@ class Bounds:
     scalings: tuple[SpectralNormalization, ...] = ()
     method: str = 'shift'
     share_shift: bool = False
+    directions: int = 1
 
     @property
     def share(self) -> bool:
-        """Whether all matrices move where one violates a bound."""
+        """All matrices of a direction move where one violates a bound."""
         layer = (rule.granularity == 'layer' for rule in self.scalings)
         return self.share_shift or any(layer)
 
 
-def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
+def bounds_of(
+    rules: Sequence[Rule], kappa_max: float, directions: int = 1
+) -> Bounds:
     """Combine rules into bounds that hold together.
 
     Args:
-        rules (Sequence[Constraint]): In any order.
+        rules (Sequence[Rule]): In any order.
         kappa_max (float): Condition number that ``'auto'`` stands for.
+        directions (int): Directions of the layer. Defaults to 1.
 
     Returns:
         Bounds: All at once.
@@ -100,7 +107,7 @@ def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
     Raises:
         ValueError: If no matrix obeys all of them.
     """
-    floor, ceiling = check_together(rules)
+    floor, ceiling = check_compatible(rules)
     normalizations = [r for r in rules if isinstance(r, SpectralNormalization)]
     clampings = [r for r in rules if isinstance(r, EigenvalueClamping)]
     conditions = [
@@ -113,13 +120,28 @@ def bounds_of(rules: Sequence[Constraint], kappa_max: float) -> Bounds:
         ceiling,
         floor,
         min(conditions, default=math.inf),
-        tuple(r for r in normalizations if r.domain == 'continuous'),
+        tuple(
+            _with_shared_radius(r, directions)
+            for r in normalizations
+            if r.domain == 'continuous'
+        ),
         methods[0] or 'shift' if methods else 'shift',
         any(
             rule.domain == 'discrete' and rule.granularity == 'layer'
             for rule in normalizations
         ),
+        directions,
     )
+
+
+def _with_shared_radius(
+    rule: SpectralNormalization, directions: int
+) -> SpectralNormalization:
+    """Share the largest bound within a direction where the scale is shared."""
+    if rule.granularity != 'layer' or not isinstance(rule.rho_max, Tensor):
+        return rule
+    shared = largest_in_direction(rule.rho_max, directions)
+    return replace(rule, rho_max=shared)
 
 
 @torch.no_grad()
@@ -157,7 +179,7 @@ def project(
     blend, residual = torch.zeros(2, groups, dtype=torch.float64)
     wrong = _violations(work, basis, bounds, strict=False)
     if bounds.share:
-        wrong = wrong | wrong.any()
+        wrong = largest_in_direction(wrong, bounds.directions)
     if not wrong.any():
         return Outcome(work.to(dtype), basis, wrong, blend, residual)
     _check_precision(work, bounds, dtype, wrong, basis, name)
@@ -188,7 +210,7 @@ def _settle(
         basis = decompose(params.dense())
         todo = _violations(params, basis, bounds, strict=True)
         if bounds.share:
-            todo = todo | todo.any()
+            todo = largest_in_direction(todo, bounds.directions)
         ill = ~(basis.condition <= _condition_limit(bounds, True))
         if not (todo & ~ill).any():
             break  # no scale or shift changes a condition number
@@ -253,8 +275,7 @@ def _limit(
 def _rho_max(rule: SpectralNormalization) -> Tensor:
     """(groups or 1, 1), float64."""
     rho = torch.as_tensor(rule.rho_max, dtype=torch.float64).cpu()
-    rho = rho.reshape(-1, 1)
-    return rho.amax(0, keepdim=True) if rule.granularity == 'layer' else rho
+    return rho.reshape(-1, 1)
 
 
 def _radius(
@@ -275,9 +296,11 @@ def _radius(
 
 
 def _of_some(bounds: Bounds, index: Tensor) -> Bounds:
-    """The bounds of some of the matrices."""
+    """The bounds of some of the matrices; of whole directions if shared."""
+    directions = index.unflatten(0, (bounds.directions, -1)).any(1).sum()
     return replace(
         bounds,
+        directions=int(directions) if bounds.share else 1,
         scalings=tuple(
             replace(rule, rho_max=rule.rho_max.cpu()[index])
             if isinstance(rule.rho_max, Tensor)
@@ -371,7 +394,7 @@ def _scale(
     basis = decompose(params.dense())
     radius, rho = _radius(params, basis, rule), _rho_max(rule)
     if rule.granularity == 'layer':
-        radius = radius.amax(0, keepdim=True).expand_as(radius)
+        radius = largest_in_direction(radius, bounds.directions)
     above = radius > _limit(rule, bounds, strict=True)
     scale = torch.where(above, radius / rho * (1 + extra), 1.0)
     if rule.granularity != 'block':
@@ -412,7 +435,7 @@ def _shift(params: BlockLowRank, bounds: Bounds, eps: float) -> BlockLowRank:
         highest = highest.maximum(torch.linalg.eigvals(dense).real.amax(-1))
     excess = highest - bounds.ceiling
     if bounds.share_shift:
-        excess = excess.amax().expand_as(excess)
+        excess = largest_in_direction(excess, bounds.directions)
     diagonal = params.blocks.diagonal(dim1=-2, dim2=-1).abs()
     rounding = 4 * eps * diagonal.flatten(1).amax(-1)
     return params.shifted(torch.where(excess > 0, excess + rounding, 0.0))

@@ -1,5 +1,6 @@
 """Vision Mamba, a bidirectional state-space backbone."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,10 +21,7 @@ from mmstabvim.layers.position_embedding import (
     resize_position_embedding,
     split_tokens,
 )
-from mmstabvim.layers.state_matrix import (
-    decompose_together,
-    state_matrices,
-)
+from mmstabvim.layers.state_matrix import decompose_all, state_matrices
 from mmstabvim.layers.vision_mamba_block import add_residual
 from mmstabvim.models.backbones.vision_mamba_arguments import (
     OUT_TYPES,
@@ -36,7 +34,7 @@ from mmstabvim.models.backbones.vision_mamba_arguments import (
 )
 from mmstabvim.models.backbones.vision_mamba_init import INIT_RECIPES
 from mmstabvim.models.backbones.vision_mamba_loading import (
-    convert_official,
+    convert_foreign,
     fit_checkpoint,
     token_layout,
 )
@@ -120,7 +118,9 @@ class VisionMamba(BaseModule):
             None. Defaults to None.
         b_disc (str): Discretization of B, ``'euler'`` as published, or
             ``'zoh'``. Defaults to ``'euler'``.
-        scan_backend (str): Backend of the scan. Defaults to ``'auto'``.
+        backend (str): Backend of the operators: ``'auto'``,
+            ``'reference'``, ``'cpu'``, ``'fused'`` or ``'triton'``. Defaults
+            to ``'auto'``.
         init_recipe (str): ``'default'``, or ``'official'`` with the published
             code's accidents (see :mod:`.vision_mamba_init`). Defaults to
             ``'default'``.
@@ -132,6 +132,8 @@ class VisionMamba(BaseModule):
             metadata). Defaults to ``'middle'``.
         init_cfg (dict, optional): mmengine's initialization, for example
             ``dict(type='Pretrained', checkpoint=..., prefix='backbone.')``.
+        scan_backend (str, optional): Former name of ``backend``. Defaults to
+            None.
 
     Raises:
         TypeError: If an argument or the image has a wrong type.
@@ -164,13 +166,22 @@ class VisionMamba(BaseModule):
         rotary: dict[str, Any] | None = None,
         state_matrix: dict[str, Any] | None = None,
         b_disc: str = 'euler',
-        scan_backend: str = 'auto',
+        backend: str = 'auto',
         init_recipe: str = 'default',
         debug: bool = False,
         checkpoint_cls_token: str = 'middle',
         init_cfg: dict[str, Any] | None = None,
+        scan_backend: str | None = None,
     ) -> None:
         super().__init__(init_cfg)
+        if scan_backend is not None:
+            warnings.warn(
+                'scan_backend is called backend now: use backend='
+                f'{scan_backend!r}',
+                FutureWarning,
+                stacklevel=2,
+            )
+            backend = scan_backend
         arch = resolve_arch(arch)
         self.embed_dims, self.num_layers = (
             arch.pop('embed_dims'),
@@ -230,7 +241,7 @@ class VisionMamba(BaseModule):
                 drop_path=rate,
                 state_matrix=state_matrix,
                 b_disc=b_disc,
-                backend=scan_backend,
+                backend=backend,
                 **arch,
             )
             for rate in [0.0, *rates][: self.num_layers]
@@ -254,7 +265,7 @@ class VisionMamba(BaseModule):
             the form given by ``out_type``.
         """
         self._check_image(image)
-        decompose_together(state_matrices(self.layers).values())
+        decompose_all(state_matrices(self.layers))
         hidden, grid = self._embed(image)
         residual: Tensor | None = None
         outputs: list[Tensor] = []
@@ -398,7 +409,7 @@ class VisionMamba(BaseModule):
     def convert_foreign_state(
         self, state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], list[str], list[str]] | None:
-        """Rename weights of the official Vim for :mod:`mmstabvim.loading`.
+        """Rename weights of the official Vim or of an earlier version.
 
         Args:
             state (dict[str, Tensor]): Weights of any model.
@@ -407,7 +418,7 @@ class VisionMamba(BaseModule):
             tuple | None: Weights named as in a classifier or segmentor with
             this backbone, names not used, and notes; None for other weights.
         """
-        return convert_official(self, state)
+        return convert_foreign(self, state)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -45,10 +45,19 @@ def init_official(model: Any) -> None:
     """Initialize as the published code does; see the module's docstring."""
     init_default(model)
     for block in model.layers:
-        for direction in block.mixer.directions:
-            if direction.reverse:
-                direction.dt_proj.reset_parameters()
-                nn.init.zeros_(direction.dt_proj.bias)
+        ssm = block.mixer.ssm
+        split = ssm.by_direction
+        parts = zip(
+            ssm.order.reverse,
+            split(ssm.dt_proj.weight.detach()),
+            split(ssm.dt_bias.detach()),
+            strict=True,
+        )
+        for reverse, weight, bias in parts:
+            if reverse:
+                bound = weight.shape[1] ** -0.5
+                weight.uniform_(-bound, bound)
+                bias.zero_()
 
 
 INIT_RECIPES: dict[str, Callable[[Any], None]] = {

@@ -13,6 +13,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmstabvim.layers.earlier_layout import stack_directions
 from mmstabvim.layers.position_embedding import (
     guess_grid,
     resize_position_embedding,
@@ -28,10 +29,10 @@ from mmstabvim.models.vim_checkpoint import (
 _BLOCK = re.compile(r'layers\.(\d+)\.')
 
 
-def convert_official(
+def convert_foreign(
     model: Any, state: dict[str, Tensor]
 ) -> tuple[OrderedDict[str, Tensor], list[str], list[str]] | None:
-    """Rename the weights of an official Vim, as published.
+    """Rename the weights of an official Vim, or of an earlier version.
 
     Args:
         model (VisionMamba): The model that is about to load.
@@ -40,14 +41,17 @@ def convert_official(
     Returns:
         tuple | None: Weights of an ``ImageClassifier`` or an
         ``EncoderDecoder``, the names not used, and notes for the user; None
-        if these are not official names.
+        if the names are those of today.
 
     Raises:
         ValueError: If weights of a bidirectional Vim are missing.
     """
     inside = official_part(state)
     if inside is None:
-        return None
+        renamed = OrderedDict(state)
+        if not stack_directions(renamed):
+            return None
+        return renamed, [], ['directions of the earlier layout joined']
     dense = is_official_segmentor(inside)
     convert = from_official_segmentor if dense else from_official
     renamed, unused = convert(inside)
@@ -87,6 +91,7 @@ def fit_checkpoint(
         ValueError: If the checkpoint has another width, patch size, number of
             blocks, layout of tokens, or size of any weight.
     """
+    stack_directions(state_dict, prefix)
     if f'{prefix}patch_embed.projection.weight' in state_dict:
         _check_patches(model, state_dict, prefix)
         _check_blocks(model, state_dict, prefix)

@@ -1,8 +1,8 @@
-"""Proven ranges of what a selective state-space layer computes.
+"""Certified ranges of the activations of a selective state-space layer.
 
-A root-mean-square norm leaves tokens in an ellipsoid whatever the image is;
-everything up to the scan's output then has a range that follows from the
-weights alone, for sequences of any length. docs/ranges.md has the proofs.
+A root-mean-square norm leaves tokens in an ellipsoid whatever the image is.
+Every activation up to the scan's output then has a range that follows from
+the weights alone, for sequences of any length. docs/ranges.md has the proofs.
 """
 
 import math
@@ -18,7 +18,7 @@ from mmstabvim.stability.weights.norms import spectral_norm
 
 SILU_ARGMIN, SILU_MIN = -1.2784645427610738, -0.2784645427610738
 ROUNDINGS = 12
-"""Roundings, one after the other, between the norm and the step size."""
+"""Successive roundings between the norm and the step size."""
 
 
 class Interval(NamedTuple):
@@ -33,11 +33,11 @@ class Interval(NamedTuple):
         return torch.maximum(-self.low, self.high)
 
     def widened(self, by: Tensor) -> 'Interval':
-        """Both ends moved outwards."""
+        """Move both ends outwards."""
         return Interval(self.low - by, self.high + by)
 
     def within(self, other: 'Interval') -> 'Interval':
-        """What two ranges of the same entries have in common."""
+        """Intersect two ranges of the same entries."""
         return Interval(
             torch.maximum(self.low, other.low),
             torch.minimum(self.high, other.high),
@@ -45,11 +45,11 @@ class Interval(NamedTuple):
 
 
 def rounding_slack(unit: float, terms: int) -> float:
-    """Relative error of a sum of products that rounding can cause.
+    """Bound the rounding error of a sum of products.
 
-    Relative to the sum of the absolute values: at most :data:`ROUNDINGS`
-    roundings to the narrow dtype, SiLU between them, and three sums in
-    float32. Numbers so small that they round absolutely are not counted.
+    The error is relative to the sum of the absolute values. It covers at most
+    :data:`ROUNDINGS` roundings to the narrow dtype, SiLU between them, and
+    three sums in float32. Underflow is not counted.
 
     Args:
         unit (float): Unit roundoff of the narrow dtype, half its ``eps``; 0
@@ -69,7 +69,7 @@ def rounding_slack(unit: float, terms: int) -> float:
 def silu_range(box: Interval) -> Interval:
     """Exact range of SiLU over intervals.
 
-    It falls up to -1.2785 and rises from there.
+    SiLU decreases up to -1.2785 and increases from there.
 
     Args:
         box (Interval): Any shape.
@@ -100,14 +100,14 @@ def affine_range(weight: Tensor, box: Interval) -> Interval:
 
 
 class NormedLinear:
-    """A linear layer behind a root-mean-square norm, ``x = gain @ s``.
+    """Linear layer behind a root-mean-square norm, ``x = gain @ s``.
 
     The norm gives ``scale * s`` with ``|s| < sqrt(d_model)``, so each output
     is bounded by its row, and all together by the matrix.
 
     Args:
-        weight (Tensor): (rows, d_model), of the linear layer.
-        scale (Tensor): (d_model,), of the norm.
+        weight (Tensor): (rows, d_model), weight of the linear layer.
+        scale (Tensor): (d_model,), scale of the norm.
 
     Source: arXiv:1910.07467, Eq. 4.
     """
@@ -124,11 +124,12 @@ class NormedLinear:
     @cached_property
     def rows(self) -> Tensor:
         """Norm of each row, (rows,)."""
-        return torch.linalg.vector_norm(self.gain, dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self.gain, dim=1)
+        return norms
 
     @cached_property
     def norms(self) -> tuple[Tensor, Tensor]:
-        """Spectral norms of the matrix, and with rows of length 1."""
+        """Spectral norms of the matrix as it is and with unit rows."""
         unit = self.gain / torch.where(self.rows == 0, 1.0, self.rows)[:, None]
         return spectral_norm(self.gain), spectral_norm(unit)
 
@@ -139,9 +140,9 @@ class NormedLinear:
 
     def signed_sum(self, weights: Tensor) -> Tensor:
         """Largest ``|sum_d weights[..., d] x_d|``, (...); attained."""
-        return self.radius * torch.linalg.vector_norm(
-            weights @ self.gain, dim=-1
-        )
+        rows = weights @ self.gain
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+        return self.radius * norms
 
     def absolute_sum(self, squares: Tensor, squares_rows: Tensor) -> Tensor:
         """Bound ``sum_d c_d |x_d|`` by the Cauchy-Schwarz inequality.
@@ -160,12 +161,12 @@ class NormedLinear:
 
 
 class ScanInput:
-    """Range of a scan's input ``u = silu(bias + taps * x)``, and beyond it.
+    """Range of a scan's input ``u = silu(bias + taps * x)``.
 
     Args:
-        x (NormedLinear): What the convolution reads, (d_inner,) per token.
-        taps (Tensor): (d_inner, width), of the depthwise convolution.
-        bias (Tensor): (d_inner,).
+        x (NormedLinear): Input of the convolution, (d_inner,) per token.
+        taps (Tensor): (d_inner, width), kernel of the depthwise convolution.
+        bias (Tensor): (d_inner,), its bias.
         slack (float): Relative error of rounding; see
             :func:`rounding_slack`. Defaults to 0.0, exact arithmetic.
     """
@@ -200,9 +201,10 @@ class ScanInput:
     ) -> Interval:
         """Range of ``left @ weight @ u``.
 
-        The smaller of two: u anywhere in its box; or ``silu(a) = a / 2 + (a /
-        2) tanh(a / 2)``, of which the first part is linear in the tokens, so
-        that signs cancel, and the second lies between 0 and ``|a| / 2``.
+        It is the intersection of two ranges. The first takes u anywhere in
+        its box. The second splits ``silu(a) = a / 2 + (a / 2) tanh(a / 2)``:
+        the first part is linear in the tokens, so that signs cancel, and the
+        second lies between 0 and ``|a| / 2``.
 
         Args:
             weight (Tensor): (inner, d_inner).
@@ -225,8 +227,8 @@ class ScanInput:
     ) -> Tensor:
         """Bound the Euclidean norm of ``left @ weight @ u``, a scalar.
 
-        As :meth:`projected`, with spectral norms in place of rows; never more
-        than the entries' own bounds make.
+        The bound is that of :meth:`projected` with spectral norms in place of
+        rows, and at most the norm of the entries' bounds.
 
         Args:
             weight (Tensor): (inner, d_inner).
@@ -253,7 +255,7 @@ class ScanInput:
 
     @cached_property
     def _reach(self) -> Tensor:
-        """Bound the norm of what the taps add, a scalar."""
+        """Bound the norm of the convolution without bias, a scalar."""
         reach = self.taps.new_zeros(())
         for tap in self.taps.T:
             scaled = tap[:, None] * self.x.gain
@@ -265,7 +267,7 @@ class ScanInput:
     def _split(
         self, product: Tensor, weight: Tensor, left: Tensor | None
     ) -> Interval:
-        """By the linear and the even part of SiLU."""
+        """Range from the linear and the even part of SiLU."""
         center = product @ self.bias / 2
         swing = torch.zeros_like(center)
         for tap in self.taps.T:
@@ -294,24 +296,28 @@ class ScanInput:
 def mode_gain(
     real_part: Tensor, delta_max: Tensor, b_disc: str = 'euler'
 ) -> Tensor:
-    """Largest state that a drive ``|B_t u_t| <= 1`` can build up.
+    """Largest state under a drive ``|B_t u_t| <= 1``.
 
     For ``h[t] = exp(delta[t] lambda) h[t-1] + B_bar[t] u[t]`` with any step
     sizes up to ``delta_max`` and any number of tokens: ``delta_max / (1 -
     exp(delta_max Re lambda))`` for Euler, at most ``1 / |Re lambda| +
-    delta_max``, and ``1 / |Re lambda|`` for zero-order hold. Attained for
-    real lambda, as the sequence grows.
+    delta_max``, and ``1 / |Re lambda|`` for zero-order hold. A real lambda
+    attains it as the sequence grows.
 
     Args:
-        real_part (Tensor): Re lambda, 1/step.
+        real_part (Tensor): Real part of lambda, 1/step.
         delta_max (Tensor): Largest step size, >= 0, steps; broadcast.
         b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
 
     Returns:
         Tensor: In steps; infinite where the real part is not negative.
+
+    Example:
+        >>> mode_gain(torch.tensor([-2.0, 0.0]), torch.tensor(1.0), 'zoh')
+        tensor([0.5000,    inf])
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
-    real_part, delta_max = torch.broadcast_tensors(real_part, delta_max)
+    real_part, delta_max = _broadcast(real_part, delta_max)
     stable = real_part < 0
     horizon = -1 / torch.where(stable, real_part, -1.0)
     if b_disc == 'euler':
@@ -328,7 +334,7 @@ def step_gain(
     """Largest ``|B_bar / B|`` of one step.
 
     Args:
-        real_part (Tensor): Re lambda of any sign, 1/step.
+        real_part (Tensor): Real part of lambda, any sign, 1/step.
         delta_max (Tensor): Largest step size, >= 0, steps; broadcast.
         b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
 
@@ -337,7 +343,7 @@ def step_gain(
         of ``exp(s Re lambda)`` over the step.
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
-    real_part, delta_max = torch.broadcast_tensors(real_part, delta_max)
+    real_part, delta_max = _broadcast(real_part, delta_max)
     if b_disc == 'euler':
         return delta_max
     x = delta_max * real_part
@@ -376,10 +382,16 @@ def scan_ranges(
         b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
 
     Returns:
-        ScanRanges: Infinite state and output where an eigenvalue that is
-        driven has no negative real part.
+        ScanRanges: State and output are infinite where a driven eigenvalue
+        has no negative real part.
 
     Source: induction over the tokens; see docs/ranges.md.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> found = scan_ranges(one[0], one[0], -one, one, one, one[0], 'zoh')
+        >>> found.state.item(), found.y.item()
+        (1.0, 2.0)
     """
     real, step = _real(A), delta[:, None]
     force = B * u[:, None]
@@ -394,3 +406,8 @@ def scan_ranges(
 
 def _real(A: Tensor) -> Tensor:
     return A.real if A.is_complex() else A
+
+
+def _broadcast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (first + second).shape
+    return first.expand(shape), second.expand(shape)

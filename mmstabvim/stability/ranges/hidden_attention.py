@@ -1,7 +1,7 @@
-"""The selective scan as a matrix: what each token takes from each other one.
+"""Hidden attention: the selective scan as a matrix between tokens.
 
-With step sizes, B and C held, the scan of one channel is linear in its input:
-``y = alpha u + D u``. The matrix alpha is its hidden attention.
+With step sizes, B and C held fixed, the scan of one channel is linear in its
+input: ``y = alpha u + D u``. The matrix alpha is its hidden attention.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ from mmstabvim.stability.state.eigenbasis import matrix_exponential_scan
 AGGREGATIONS = ('abs', 'mean', 'norm')
 
 _VALUES = 2**18
-"""Of the states of a group of channels: about the cache of a CPU core."""
+"""State values computed at once: about the cache of a CPU core."""
 
 
 class _Scan(NamedTuple):
-    """What the matrices depend on; every channel has its own A, B and C."""
+    """Inputs of the matrices, with A, B and C for every channel."""
 
     delta: Tensor  # (batch, length, dim)
     A: Tensor  # (dim, N)
     B: Tensor  # (batch, length, dim, N)
-    C: Tensor  # as B
+    C: Tensor  # (batch, length, dim, N)
     b_disc: str
 
 
@@ -40,7 +40,7 @@ def hidden_attention(
     reverse: bool = False,
     b_disc: str = 'euler',
 ) -> Tensor:
-    """The matrix of the selective scan, for every channel.
+    """Matrix of the selective scan, for every channel.
 
     ::
 
@@ -49,22 +49,22 @@ def hidden_attention(
     for ``s <= t`` (with ``reverse`` for ``s >= t``, and the product over
     ``r = t..s-1``), else 0; twice the real part for complex ``A``, whose
     modes stand for conjugate pairs. It is the derivative ``d y[t] / d u[s]``
-    of the scan while ``delta``, ``B`` and ``C`` are held.
+    of the scan while ``delta``, ``B`` and ``C`` are held fixed.
 
-    The recurrence of the scan runs once with every token as a source: no
-    exponent of a difference of sums, so no more rounding than in the scan
-    itself, for unstable ``A`` too. O(batch * dim * length^2 * N) operations;
-    the largest tensor is the result.
+    The recurrence of the scan runs once with every token as a source. No
+    difference of sums is exponentiated, so rounding errors are those of the
+    scan itself, for unstable ``A`` too. It takes O(batch * dim * length^2 *
+    N) operations; the largest tensor is the result.
 
     Args:
         delta (Tensor): (batch, length, dim), step size after softplus, >= 0,
             in steps.
         A (Tensor): (dim, N), diagonal, real or complex, 1/step; or (groups,
-            N, N), real, dense matrices, for those without an eigenbasis: by
-            the matrix exponential, O(length^2) of them for each channel.
+            N, N), real, dense, without an eigenbasis. Dense matrices take
+            O(length^2) matrix exponentials for each channel.
         B (Tensor): (batch, length, groups, N), channel d uses group
             ``d // (dim / groups)``; complex where ``A`` is.
-        C (Tensor): As ``B``.
+        C (Tensor): Same shape and dtype as ``B``.
         D (Tensor, optional): (dim,), skip weight, added to the diagonal.
             Defaults to None, without.
         reverse (bool): The scan walks from the last token to the first.
@@ -79,6 +79,13 @@ def hidden_attention(
         ValueError: If a shape does not fit or ``b_disc`` is unknown.
 
     Source: arXiv:2403.01590 (there with D left out).
+
+    Example:
+        >>> one, A = torch.ones(1, 3, 1), torch.zeros(1, 1)
+        >>> hidden_attention(one, A, one[..., None], one[..., None])[0, 0]
+        tensor([[1., 0., 0.],
+                [1., 1., 0.],
+                [1., 1., 1.]])
     """
     parts = _chunks(delta, A, B, C, D, reverse, b_disc)
     return torch.cat(list(parts), dim=1)
@@ -95,25 +102,38 @@ def aggregate_attention(
     b_disc: str = 'euler',
     how: str = 'abs',
 ) -> Tensor:
-    """One matrix for all channels; never those of all channels at once.
+    """Aggregate the hidden attention of all channels in one matrix.
+
+    The matrices of all channels are never in memory at once.
 
     Args:
-        delta (Tensor): As in :func:`hidden_attention`, as the next ones.
-        A (Tensor): As there.
-        B (Tensor): As there.
-        C (Tensor): As there.
-        D (Tensor, optional): As there.
-        reverse (bool): As there.
-        b_disc (str): As there.
-        how (str): Over the channels: ``'abs'``, the mean of ``|alpha|``;
-            ``'mean'``, that of alpha, in which signs cancel; ``'norm'``, the
-            square root of the sum of squares. Defaults to ``'abs'``.
+        delta (Tensor): (batch, length, dim), step size after softplus, >= 0,
+            in steps.
+        A (Tensor): See :func:`hidden_attention`.
+        B (Tensor): (batch, length, groups, N).
+        C (Tensor): (batch, length, groups, N).
+        D (Tensor, optional): (dim,), skip weight. Defaults to None.
+        reverse (bool): The scan walks from the last token to the first.
+            Defaults to False.
+        b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
+        how (str): Aggregation over the channels. ``'abs'`` is the mean of
+            ``|alpha|``; ``'mean'`` the mean of alpha, in which signs cancel;
+            ``'norm'`` the square root of the sum of squares. Defaults to
+            ``'abs'``.
 
     Returns:
-        Tensor: (batch, length, length), output token first, dtype as there.
+        Tensor: (batch, length, length), output token first; float32, or
+        float64 if an input is wider.
 
     Raises:
-        ValueError: As there, or if ``how`` is unknown.
+        ValueError: If a shape does not fit, or ``b_disc`` or ``how`` is
+            unknown.
+
+    Example:
+        >>> one, A = torch.ones(1, 2, 1), torch.zeros(1, 1)
+        >>> aggregate_attention(one, A, one[..., None], one[..., None])[0]
+        tensor([[1., 0.],
+                [1., 1.]])
     """
     check_choice('how', how, AGGREGATIONS)
     total: Tensor | float = 0.0
@@ -130,9 +150,9 @@ def attention_rollout(layers: Tensor) -> Tensor:
     """Follow attention through layers, by a product of their matrices.
 
     Each layer's matrix is scaled to rows of sum 1 (a row of zeros stays) and
-    mixed half and half with the identity, for the residual stream. A
-    heuristic: the half is an assumption, and whatever else happens to tokens
-    in a layer is left out.
+    mixed half and half with the identity, for the residual stream. This is a
+    heuristic: the half is an assumption, and everything else that a layer
+    does to tokens is left out.
 
     Args:
         layers (Tensor): (layers, batch, length, length), >= 0, first layer
@@ -146,6 +166,12 @@ def attention_rollout(layers: Tensor) -> Tensor:
         ValueError: If the shape is wrong, or a value negative or not finite.
 
     Source: arXiv:2005.00928 (attention rollout).
+
+    Example:
+        >>> layer = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+        >>> attention_rollout(layer[None, None])[0]
+        tensor([[1.0000, 0.0000],
+                [0.3750, 0.6250]])
     """
     if layers.dim() != 4 or layers.shape[-1] != layers.shape[-2]:
         raise ValueError(
@@ -172,7 +198,7 @@ def _chunks(
     reverse: bool,
     b_disc: str,
 ) -> Iterator[Tensor]:
-    """Matrices (batch, some channels, length, length), channel by channel."""
+    """Yield matrices (batch, some channels, length, length)."""
     check_choice('b_disc', b_disc, B_DISCS)
     _check(delta, A, B, C, D)
     batch, length, dim = delta.shape
@@ -180,7 +206,7 @@ def _chunks(
     wide = real.to_complex() if A.is_complex() else real
     groups = B.shape[2]
     size = max(1, _VALUES // (batch * length * A.shape[-1]))
-    for part in torch.arange(dim, device=delta.device).split(size):
+    for part in torch.split(torch.arange(dim, device=delta.device), size):
         group = part // (dim // groups)
         with torch.autocast(delta.device.type, enabled=False):
             scan = _Scan(
@@ -198,12 +224,12 @@ def _chunks(
 
 
 def _of_channels(A: Tensor, part: Tensor, dim: int) -> Tensor:
-    """State matrix of each of these channels."""
+    """Select the state matrix of each channel."""
     return A[part // (dim // len(A))]
 
 
 def _unroll(scan: _Scan, reverse: bool) -> Tensor:
-    """Diagonal A: the state that each token has left behind, step by step."""
+    """Diagonal A: walk the states that each source token leaves behind."""
     if reverse:
         delta, B, C = (x.flip(1) for x in (scan.delta, scan.B, scan.C))
         turned = scan._replace(delta=delta, B=B, C=C)
@@ -224,7 +250,7 @@ def _unroll(scan: _Scan, reverse: bool) -> Tensor:
 
 
 def _impulse_responses(scan: _Scan, reverse: bool) -> Tensor:
-    """Dense A: scans of a one at each token, one batch entry per source."""
+    """Dense A: scan a unit impulse at each token, a batch entry each."""
     _, length, dim = scan.delta.shape
     ones = torch.eye(length, dtype=scan.delta.dtype, device=scan.delta.device)
     ones = ones[..., None].expand(-1, -1, dim)  # (source, token, dim)

@@ -1,4 +1,4 @@
-"""Which inputs a logit depends on, and how much that changes."""
+"""Attributions of logits to inputs, and their change under perturbations."""
 
 from collections.abc import Callable
 
@@ -25,8 +25,8 @@ def attributions(
         function (Callable): Maps (batch, ...) to logits (batch, classes),
             each sample by itself: a model in evaluation mode.
         x (Tensor): (batch, ...).
-        classes (Tensor, optional): (batch,), integers: which logits. Defaults
-            to None, the largest ones.
+        classes (Tensor, optional): (batch,), integers, the logits to
+            attribute. Defaults to None, the largest ones.
         method (str): ``'gradient'``, ``'gradient_x_input'`` or
             ``'integrated'``, gradients integrated from an input of zeros
             (arXiv:1703.01365) with the midpoint rule. Defaults to
@@ -39,6 +39,11 @@ def attributions(
     Raises:
         ValueError: If ``method`` is unknown, ``steps`` not positive, or the
             output no logits of this batch.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> attributions(lambda x: x @ weight.T, torch.ones(1, 2))
+        tensor([[3., 4.]])
     """
     check_choice('method', method, ATTRIBUTIONS)
     if steps < 1:
@@ -84,16 +89,20 @@ def _gradient(function: Function, x: Tensor, classes: Tensor) -> Tensor:
 def gaussian_changes(
     x: Tensor, std: float = 0.02, draws: int = 4, seed: int = 0
 ) -> Tensor:
-    """Random changes of inputs, the same on every device.
+    """Gaussian perturbations of inputs, the same on every device.
 
     Args:
         x (Tensor): (batch, ...).
         std (float): Standard deviation, unit of ``x``. Defaults to 0.02.
-        draws (int): Changes of each sample, >= 1. Defaults to 4.
-        seed (int): Defaults to 0.
+        draws (int): Perturbations of each sample, >= 1. Defaults to 4.
+        seed (int): Seed of the generator. Defaults to 0.
 
     Returns:
         Tensor: (draws, batch, ...), dtype and device of ``x``.
+
+    Example:
+        >>> gaussian_changes(torch.zeros(2, 3), draws=4).shape
+        torch.Size([4, 2, 3])
     """
     if draws < 1 or not std >= 0:
         raise ValueError(
@@ -112,29 +121,36 @@ def attribution_instability(
     method: str = 'gradient',
     steps: int = 16,
 ) -> Tensor:
-    """Mean relative change of an attribution when its input changes.
+    """Mean relative change of an attribution under input perturbations.
 
-    ``mean ||a(x + change) - a(x)|| / (||a(x)|| + 1e-12)``, where ``a`` belongs
-    to the class predicted for the unchanged input throughout. 0 for a linear
-    model and its gradients.
+    ``mean ||a(x + change) - a(x)|| / (||a(x)|| + 1e-12)``, where ``a`` always
+    belongs to the class predicted for the unperturbed input. It is 0 for the
+    gradients of a linear model.
 
     Args:
-        function (Callable): As for :func:`attributions`.
+        function (Callable): Maps (batch, ...) to logits (batch, classes),
+            each sample by itself.
         x (Tensor): (batch, ...).
-        changes (Tensor, optional): (draws, batch, ...), what is added to
-            ``x``. Defaults to None, for :func:`gaussian_changes`.
-        classes (Tensor, optional): (batch,). Defaults to None, predicted.
-        method (str): As for :func:`attributions`.
-        steps (int): As for :func:`attributions`.
+        changes (Tensor, optional): (draws, batch, ...), perturbations added
+            to ``x``. Defaults to None, for :func:`gaussian_changes`.
+        classes (Tensor, optional): (batch,), integers, the logits to
+            attribute. Defaults to None, the predicted ones.
+        method (str): See :func:`attributions`. Defaults to ``'gradient'``.
+        steps (int): Points of the midpoint rule, >= 1. Defaults to 16.
 
     Returns:
         Tensor: (batch,), >= 0, dimensionless, without gradient.
 
     Raises:
-        ValueError: If ``changes`` do not fit ``x``, and as for
-            :func:`attributions`.
+        ValueError: If ``changes`` do not fit ``x``, or an argument of
+            :func:`attributions` is out of range.
 
     Source: arXiv:2602.01136, Section 6.
+
+    Example:
+        >>> weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> attribution_instability(lambda x: x @ weight.T, torch.ones(1, 2))
+        tensor([0.])
     """
     changes = gaussian_changes(x) if changes is None else changes
     if changes.shape[1:] != x.shape or len(changes) == 0:
@@ -157,17 +173,17 @@ def attribution_instability(
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
-    """Squared Frechet distance of two sets of vectors, as of Gaussians.
+    """Squared Frechet distance of two sets of vectors, taken as Gaussians.
 
     ``||m1 - m2||**2 + tr(S1 + S2 - 2 (S1 S2)^(1/2))`` with the sets' means
     and covariances (divisor n - 1). The trace of the root is the nuclear norm
-    of the product of the centred sets, so no covariance is formed, nothing is
-    regularized, and there may be more dimensions than vectors. It has the
-    squared unit of the vectors: compare within one setting only.
+    of the product of the centred sets. So no covariance is formed, nothing is
+    regularized, and there may be more dimensions than vectors. The distance
+    has the squared unit of the vectors: compare within one setting only.
 
     Args:
         first (Tensor): (n1, ...), n1 >= 2, flattened to vectors.
-        second (Tensor): (n2, ...), n2 >= 2, of the same size.
+        second (Tensor): (n2, ...), n2 >= 2, vectors of the same size.
 
     Returns:
         Tensor: Scalar, >= 0, float64.
@@ -177,6 +193,11 @@ def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
             finite, or if the sizes differ.
 
     Source: arXiv:1706.08500, Eq. 6.
+
+    Example:
+        >>> first = torch.tensor([[0.0], [2.0]])
+        >>> round(frechet_distance(first, first + 3).item(), 4)
+        9.0
     """
     for name, vectors in (('first', first), ('second', second)):
         if vectors.dim() < 2 or len(vectors) < 2:
@@ -195,9 +216,9 @@ def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
         (v - m) / (len(v) - 1) ** 0.5
         for v, m in zip((first, second), means, strict=True)
     )
-    root = torch.linalg.svdvals(a @ b.mT).sum()
-    distance = (means[0] - means[1]).square().sum()
-    distance = distance + a.square().sum() + b.square().sum() - 2 * root
+    root: Tensor = torch.linalg.svdvals(a @ b.mT).sum()
+    distance: Tensor = (means[0] - means[1]).square().sum()
+    distance += a.square().sum() + b.square().sum() - 2 * root
     return distance.clamp(min=0)
 
 
@@ -209,8 +230,8 @@ def prepare_attributions(
     Args:
         values (Tensor): (batch, channels, height, width), or (batch, ...)
             where ``pool`` is None.
-        pool (int, optional): Side of squares to average over, such as the
-            patch size. Defaults to None.
+        pool (int, optional): Side of the squares to average over, such as
+            the patch size. Defaults to None, without pooling.
         unit (bool): Divide each sample by its norm; zeros stay. Defaults to
             False.
 
@@ -219,6 +240,10 @@ def prepare_attributions(
 
     Raises:
         ValueError: If ``pool`` is given for anything but images.
+
+    Example:
+        >>> prepare_attributions(torch.ones(1, 1, 4, 4), pool=2, unit=True)
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
     """
     if pool is not None:
         if values.dim() != 4 or pool < 1:

@@ -1,6 +1,6 @@
-"""The sensitivity profile of a classifier and its index."""
+"""Sensitivity profile of a classifier and its index."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.attribution import Function, check_logits
 from mmstabvim.stability.sensitivity.curvature import (
     hessian_extremes,
     hessian_product,
@@ -19,6 +19,7 @@ from mmstabvim.stability.sensitivity.curvature import (
 from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     Estimates,
+    SecondDerivativeError,
     check_parameters,
     flat,
     input_jacobian,
@@ -33,12 +34,11 @@ LOSSES = ('sample', 'mean')
 PROFILE_METHODS = ('auto', *METHODS)
 MAX_NUMEL = 1 << 28
 """Values of a parameter Jacobian that is formed: 1 GiB in float32."""
-Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class SensitivityProfile:
-    """Four norms with different units, and what they are made of.
+    """Four norms with different units, and their parts.
 
     Attributes:
         input_jacobian (Tensor): (batch,), logits per unit of input.
@@ -46,15 +46,20 @@ class SensitivityProfile:
         tangent_kernel (float): Largest eigenvalue of the Gram matrix of all
             samples' parameter gradients; it grows with their number.
         hessian (Tensor): (batch,), spectral norms of each sample's loss
-            Hessian; (1,) for that of the mean loss.
+            Hessian; (1,) for the mean loss.
         hessian_max (Tensor): Same shape, largest eigenvalues.
         hessian_min (Tensor): Same shape, smallest eigenvalues.
-        errors (dict[str, float]): Of each of the four the largest error of a
-            value, 0 where a matrix was decomposed: within it of the value
-            lies an eigenvalue or singular value, up to the error of
-            differences.
-        method (str): How products were formed, ``'double_backward'`` or
+        errors (dict[str, float]): Largest error of each of the four, 0 where
+            a matrix was decomposed. An eigenvalue or singular value lies
+            within the error of each value, up to the error of differences.
+        method (str): Method of the products, ``'double_backward'`` or
             ``'difference'``.
+
+    Example:
+        >>> one = torch.ones(1)
+        >>> profile = SensitivityProfile(2 * one, 3 * one, 4.0, one, one, -one)
+        >>> profile.index(), profile.index(combine='sum')
+        (4.0, 10.0)
     """
 
     input_jacobian: Tensor
@@ -69,11 +74,11 @@ class SensitivityProfile:
     def values(
         self, quantile: float = 1.0, per_sample: bool = False
     ) -> dict[str, float]:
-        """The four numbers.
+        """Reduce the four norms over the samples.
 
         Args:
-            quantile (float): Over the samples, in [0, 1]; 1 is the largest.
-                Defaults to 1.0.
+            quantile (float): Quantile over the samples, in [0, 1]; 1 is the
+                largest. Defaults to 1.0.
             per_sample (bool): Divide the kernel's eigenvalue by the number of
                 samples. Defaults to False.
 
@@ -95,7 +100,7 @@ class SensitivityProfile:
 
     @property
     def finite(self) -> bool:
-        """Whether every value is."""
+        """True if every value is finite."""
         return all(v < torch.inf for v in self.values().values())
 
     def index(
@@ -104,18 +109,21 @@ class SensitivityProfile:
         combine: str = 'max',
         per_sample: bool = False,
     ) -> float:
-        """One number: the largest of the four, or their sum.
+        """Sensitivity index: the largest of the four values, or their sum.
 
-        Their units differ, and the kernel's grows with the number of samples:
-        compare indices of equal numbers of samples only, and read the four.
+        Their units differ, and the kernel's value grows with the number of
+        samples. Compare indices of equal numbers of samples only, and read
+        the four values.
 
         Args:
-            quantile (float): As for :meth:`values`. Defaults to 1.0.
+            quantile (float): Quantile over the samples, in [0, 1]. Defaults
+                to 1.0.
             combine (str): ``'max'`` or ``'sum'``. Defaults to ``'max'``.
-            per_sample (bool): As for :meth:`values`. Defaults to False.
+            per_sample (bool): Divide the kernel's eigenvalue by the number of
+                samples. Defaults to False.
 
         Returns:
-            float: Infinite where anything is not finite.
+            float: Infinite where a value is not finite.
 
         Source: arXiv:2602.01136, Definition 4.1.
         """
@@ -143,7 +151,7 @@ def sensitivity_profile(
     seed: int = 0,
     watch: Callable[[], None] | None = None,
 ) -> SensitivityProfile:
-    """Measure how a classifier answers to changes of input and parameters.
+    """Measure a classifier's response to input and parameter changes.
 
     Args:
         function (Callable): Maps (batch, ...) to logits (batch, classes),
@@ -153,28 +161,37 @@ def sensitivity_profile(
         labels (Tensor): (batch,), integers, for the cross-entropy.
         parameters (Sequence[Tensor]): Leaves with ``requires_grad`` that the
             function reads: all of a model's, or those of its head.
-        loss (str): ``'sample'``, each sample's Hessian; ``'mean'``, that of
-            the mean loss. Defaults to ``'sample'``.
-        method (str): How products with second derivatives and with Jacobians
-            are formed: ``'double_backward'``, exact, where every operation
-            allows it; ``'difference'``, for any model, see
-            :func:`hessian_product`; ``'auto'``, the former where the first
-            sample allows it, else the latter. Defaults to ``'auto'``.
-        steps (int): Of Lanczos' method. Defaults to 20.
-        max_classes (int): With more, and where the parameter Jacobian would
-            be too large, norms come from Lanczos' method instead of
-            decompositions. Defaults to 20.
-        seed (int): Of the random starts. Defaults to 0.
-        watch (Callable, optional): Called after each Hessian, which take most
-            of the time. Defaults to None.
+        loss (str): ``'sample'`` for each sample's Hessian, ``'mean'`` for the
+            Hessian of the mean loss. Defaults to ``'sample'``.
+        method (str): Method of the products with second derivatives and with
+            Jacobians. ``'double_backward'`` is exact, where every operation
+            allows it; ``'difference'`` works for any model, see
+            :func:`hessian_product`; ``'auto'`` takes the former where the
+            first sample allows it, else the latter. Defaults to ``'auto'``.
+        steps (int): Steps of Lanczos' method. Defaults to 20.
+        max_classes (int): Largest number of classes for which matrices are
+            decomposed. With more, or with too large a parameter Jacobian,
+            norms come from Lanczos' method. Defaults to 20.
+        seed (int): Seed of the random starts. Defaults to 0.
+        watch (Callable, optional): Called after each Hessian; Hessians take
+            most of the time. Defaults to None.
 
     Returns:
-        SensitivityProfile: The parameters are as they were, bit by bit.
+        SensitivityProfile: Norms of all samples. The parameters are restored
+        bit by bit.
 
     Raises:
         ValueError: If the batch is empty or an argument does not fit.
 
     Source: arXiv:2602.01136, Definition 4.1.
+
+    Example:
+        >>> w = torch.eye(2, requires_grad=True)
+        >>> profile = sensitivity_profile(
+        ...     lambda x: x @ w.T, torch.ones(1, 2), torch.tensor([0]), [w]
+        ... )
+        >>> round(profile.values()['input_jacobian'], 4), profile.method
+        (1.0, 'double_backward')
     """
     check_choice('method', method, PROFILE_METHODS)
     check_choice('loss', loss, LOSSES)
@@ -194,7 +211,7 @@ def sensitivity_profile(
         else _iterated(function, x, parameters, options)
     )
     size = len(x) if loss == 'mean' else 1
-    batches = zip(x.split(size), labels.split(size), strict=True)
+    batches = zip(torch.split(x, size), torch.split(labels, size), strict=True)
     ends = []
     for batch in batches:
         entropy = partial(_cross_entropy, function, *batch)
@@ -224,10 +241,10 @@ def best_method(
     labels: Tensor,
     parameters: Sequence[Tensor],
 ) -> str:
-    """How a classifier's curvature can be found, by one product.
+    """Choose the method for a classifier's curvature, by one product.
 
     Args:
-        function (Callable): As for :func:`sensitivity_profile`.
+        function (Callable): Maps (batch, ...) to logits (batch, classes).
         x (Tensor): (batch, ...), one sample is enough.
         labels (Tensor): (batch,), integers.
         parameters (Sequence[Tensor]): Leaves with ``requires_grad``.
@@ -240,11 +257,8 @@ def best_method(
     try:
         product = hessian_product(entropy, parameters, 'double_backward')
         product(flat([p.detach() for p in parameters]))
-    except RuntimeError as error:
-        memory = 'memory' in str(error)
-        if memory or "use method='difference'" in str(error):
-            return 'difference'
-        raise
+    except (SecondDerivativeError, torch.OutOfMemoryError):
+        return 'difference'
     return 'double_backward'
 
 
@@ -270,13 +284,15 @@ def input_norms(
     """Largest singular value of each sample's input Jacobian.
 
     Args:
-        function (Callable): As for :func:`sensitivity_profile`.
+        function (Callable): Maps (batch, ...) to logits (batch, classes),
+            each sample by itself.
         x (Tensor): (batch, ...).
         exact (bool): Decompose the Jacobians, a backward pass for each class;
             else Lanczos' method. Defaults to True.
-        method (str): As for :func:`sensitivity_profile`.
-        steps (int): Of Lanczos' method. Defaults to 20.
-        seed (int): Defaults to 0.
+        method (str): ``'difference'`` or ``'double_backward'``, for Lanczos'
+            method. Defaults to ``'difference'``.
+        steps (int): Steps of Lanczos' method. Defaults to 20.
+        seed (int): Seed of the random starts. Defaults to 0.
 
     Returns:
         Estimates: (batch,) each, float64 on the CPU.
@@ -285,7 +301,7 @@ def input_norms(
         values = singular_values(input_jacobian(function, x))[:, 0].cpu()
         return Estimates(values, torch.zeros_like(values))
     found = []
-    for sample in x.detach().split(1):
+    for sample in torch.split(x.detach(), 1):
         leaf = sample.clone().requires_grad_()
         logits = partial(function, leaf)
         found.append(largest_gain(logits, [leaf], method, steps, seed))
@@ -293,7 +309,7 @@ def input_norms(
 
 
 def _roots(squares: Sequence[tuple[float, float]]) -> Estimates:
-    """Singular values from squares; ``|a - b| <= |a^2 - b^2| / a``."""
+    """Take roots of squares, with ``|a - b| <= |a^2 - b^2| / a``."""
     values, errors = torch.tensor(squares, dtype=torch.float64).unbind(1)
     roots = values.clamp(min=0).sqrt()
     bound = torch.where(roots == 0, errors.sqrt(), errors / roots)
@@ -318,16 +334,20 @@ def _largest(gram: Tensor) -> Tensor:
     """Largest eigenvalue on the CPU, NaN where the matrix is not finite."""
     if not torch.isfinite(gram).all():
         return torch.tensor(torch.nan, dtype=torch.float64)
-    return torch.linalg.eigvalsh(gram.cpu())[-1].clamp(min=0)
+    largest: Tensor = torch.linalg.eigvalsh(gram.cpu())[-1]
+    return largest.clamp(min=0)
 
 
 def _iterated(
-    function: Function, x: Tensor, parameters: Sequence[Tensor], options: dict
+    function: Function,
+    x: Tensor,
+    parameters: Sequence[Tensor],
+    options: Mapping[str, Any],
 ) -> tuple[Estimates, tuple[float, float]]:
-    """The same from Lanczos' method."""
+    """Norms of the parameter Jacobians and their kernel, by Lanczos."""
     found = [
         largest_gain(partial(function, sample), parameters, **options)
-        for sample in x.split(1)
+        for sample in torch.split(x, 1)
     ]
     kernel = largest_gain(partial(function, x), parameters, **options)
     return _roots(found), kernel
@@ -339,12 +359,20 @@ def _cross_entropy(function: Function, x: Tensor, labels: Tensor) -> Tensor:
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put every module of a model into evaluation mode for a while.
+    """Put every module of a model into evaluation mode within a context.
 
-    Each gets its own mode back: some may be in evaluation mode throughout.
+    Each module gets its own mode back: some may be in evaluation mode before.
 
     Args:
-        model (nn.Module): Any.
+        model (nn.Module): Any model.
+
+    Example:
+        >>> model = nn.Dropout()
+        >>> with evaluated(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
     """
     modes = [(module, module.training) for module in model.modules()]
     try:

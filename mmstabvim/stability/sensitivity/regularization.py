@@ -1,21 +1,18 @@
-"""Penalties on the Jacobian of logits that training can descend."""
+"""Differentiable penalties on the Jacobian of logits, for training."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
-from mmstabvim.stability.sensitivity.attribution import check_logits
+from mmstabvim.stability.sensitivity.attribution import Function, check_logits
 from mmstabvim.stability.sensitivity.entropy import spectral_entropy
 from mmstabvim.stability.sensitivity.jacobian import (
     METHODS,
     check_differentiable,
     input_jacobian,
 )
-
-Function = Callable[[Tensor], Tensor]
 
 
 def jacobian_penalty(
@@ -26,29 +23,37 @@ def jacobian_penalty(
 ) -> Tensor:
     """Mean squared Frobenius norm of the Jacobians, by one random projection.
 
-    ``E ||J v||**2 = ||J||_F**2`` for Gaussian ``v``: unbiased, up to the error
-    of the differences.
+    ``E ||J v||**2 = ||J||_F**2`` for Gaussian ``v``, so the estimate is
+    unbiased, up to the error of differences.
 
     Args:
         function (Callable): Maps (batch, ...) to (batch, ...), each sample by
             itself.
         x (Tensor): (batch, ...).
-        method (str): ``'difference'``, central differences along a random
-            change of each sample, so that training needs first derivatives
-            only; ``'double_backward'``, exact products with a random vector
-            of outputs, where every operation has a second derivative.
-            Defaults to ``'difference'``.
-        generator (torch.Generator, optional): On the CPU. Defaults to None,
-            PyTorch's own.
+        method (str): ``'difference'`` takes central differences along a
+            random perturbation of each sample, so that training needs first
+            derivatives only. ``'double_backward'`` takes exact products with
+            a random vector of outputs, where every operation has a second
+            derivative. Defaults to ``'difference'``.
+        generator (torch.Generator, optional): Generator on the CPU. Defaults
+            to None, PyTorch's own.
 
     Returns:
         Tensor: Scalar, >= 0, squared unit of output per input,
-        differentiable with respect to what ``function`` reads.
+        differentiable with respect to the parameters of ``function``.
 
     Raises:
         ValueError: If ``method`` is unknown.
 
     Source: arXiv:1908.02729, Eq. 9 (``'double_backward'``).
+
+    Example:
+        >>> def penalty(scale):
+        ...     seeded = dict(generator=torch.Generator().manual_seed(0))
+        ...     return jacobian_penalty(scale.mul, torch.ones(1, 4), **seeded)
+        >>> ratio = penalty(torch.tensor(3.0)) / penalty(torch.tensor(1.0))
+        >>> round(ratio.item(), 2)
+        9.0
     """
     check_choice('method', method, METHODS)
     x = x.detach()
@@ -72,28 +77,34 @@ def entropy_penalty(
     power: float = 1.0,
     method: str = 'difference',
 ) -> Tensor:
-    """How far spectral entropies are below their largest value, on average.
+    """Mean distance of spectral entropies from their largest value.
 
-    ``log(min(classes, size)) - H`` of each sample's Jacobian: 0 where all
-    singular values are equal.
+    The mean of ``log(min(classes, size)) - H`` over the samples' Jacobians: 0
+    where all singular values are equal.
 
     Args:
         function (Callable): Maps (batch, ...) to logits (batch, classes),
             each sample by itself.
         x (Tensor): (batch, ...).
-        power (float): As for :func:`spectral_entropy`. Defaults to 1.0.
-        method (str): ``'difference'``: the value is exact, its gradient comes
-            from central differences along the rows of ``dH / dJ``, two passes
-            per class, with first derivatives only. ``'double_backward'``: the
-            gradient is exact, where every operation has a second derivative.
-            Defaults to ``'difference'``.
+        power (float): Exponent of the singular values, see
+            :func:`spectral_entropy`. Defaults to 1.0.
+        method (str): With ``'difference'`` the value is exact, and its
+            gradient comes from central differences along the rows of ``dH /
+            dJ``, two passes per class, with first derivatives only. With
+            ``'double_backward'`` the gradient is exact, where every operation
+            has a second derivative. Defaults to ``'difference'``.
 
     Returns:
-        Tensor: Scalar, >= 0, nats, differentiable with respect to what
-        ``function`` reads.
+        Tensor: Scalar, >= 0, nats, differentiable with respect to the
+        parameters of ``function``.
 
     Raises:
         ValueError: If ``method`` is unknown or there are no logits.
+
+    Example:
+        >>> rank_one, x = torch.ones(2, 2), torch.ones(1, 2)
+        >>> round(entropy_penalty(lambda x: x @ rank_one, x).item(), 4)
+        0.6931
     """
     check_choice('method', method, METHODS)
     if method == 'double_backward':
@@ -107,7 +118,7 @@ def entropy_penalty(
 
 
 def _penalty_of(jacobian: Tensor, power: float) -> Tensor:
-    """The penalty of Jacobians (batch, classes, size)."""
+    """Penalty of Jacobians (batch, classes, size)."""
     values = torch.linalg.svdvals(jacobian.double())
     entropy = spectral_entropy(values, power)
     room = math.log(values.shape[-1]) - entropy
@@ -135,9 +146,8 @@ def _inner_product(function: Function, x: Tensor, weight: Tensor) -> Tensor:
     change = rows.reshape(copies.shape) * _column(step, copies)
     ahead, behind = _both_sides(function, copies, change)
     # each row of weights belongs to a logit of its own
-    slopes = ((ahead - behind) / (2 * step[:, None])).unflatten(
-        0, weight.shape[:2]
-    )
+    slopes = (ahead - behind) / (2 * step[:, None])
+    slopes = torch.unflatten(slopes, 0, weight.shape[:2])
     return slopes.diagonal(dim1=1, dim2=2).sum()
 
 
@@ -149,9 +159,9 @@ def _both_sides(
 
 
 def relative_step(x: Tensor) -> Tensor:
-    """Length of a change of each sample for central differences, (batch,).
+    """Length of each sample's step for central differences, (batch,).
 
-    1e-4 (float64) or 1e-3 of the sample's norm; so many units for zeros.
+    It is 1e-4 (float64) or 1e-3 of the sample's norm, or of 1 for zeros.
     """
     size = _norms(x)
     relative = 1e-4 if x.dtype == torch.float64 else 1e-3
@@ -159,9 +169,10 @@ def relative_step(x: Tensor) -> Tensor:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return norms
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
-    """Values of samples, to be multiplied with ``like``."""
+    """Reshape values of samples to broadcast against ``like``."""
     return values.reshape(-1, *[1] * (like.dim() - 1))

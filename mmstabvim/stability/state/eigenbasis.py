@@ -1,6 +1,6 @@
-"""Dense state matrices: their eigenbasis, and the scan that needs none."""
+"""Dense state matrices: their eigenbasis, and a scan without one."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,19 +14,19 @@ from mmstabvim.stability.inputs import (
 
 COMPLEX64, COMPLEX128, EXPONENTIAL = 0, 1, 2
 KINDS = ('complex64', 'complex128', 'exponential')
-"""How the scan runs with a matrix, in the order of these numbers."""
+"""Arithmetics of the scan with a matrix, in the order of these numbers."""
 
 KAPPA_LIMIT = 1e11
-"""Condition number up to which a scan in complex128 is right to 2e-5."""
+"""Condition number up to which a scan in complex128 is accurate to 2e-5."""
 
 _SINGLE_ERROR, _DOUBLE_ERROR = 1.0, 0.01
-"""Largest ``u kappa^2 / gap`` for which a gradient with respect to A is taken
-through the eigenvectors, u the rounding of the scan, in complex64 and in
-complex128. Errors are a hundredth of it as a rule, a quarter for 2 x 2."""
+"""Largest ``u kappa^2 / gap`` for a gradient with respect to A through the
+eigenvectors, u the rounding of the scan, in complex64 and in complex128.
+Errors are typically a hundredth of it, and a quarter for 2 x 2."""
 
 _SINGLE_GAP, _DOUBLE_GAP = 3.5e-5, 1.5e-9
-"""Least relative distance of two eigenvalues for the same, in complex64 and
-in complex128."""
+"""Least relative distance of two eigenvalues for such a gradient, in complex64
+and in complex128."""
 
 _SEPARATION = 1e-8  # relative to the norm; rounding to float32 is 6e-8
 
@@ -34,7 +34,12 @@ _SEPARATION = 1e-8  # relative to the norm; rounding to float32 is 6e-8
 class Eigenbasis(NamedTuple):
     """Eigendecomposition ``A = X diag(lambda) X^-1`` of each matrix.
 
-    Every number is of ``A`` itself; nothing is perturbed.
+    It belongs to ``A`` itself; nothing is perturbed.
+
+    Example:
+        >>> A = torch.tensor([[-1.0, 1e6], [0.0, -2.0]])
+        >>> KINDS[decompose(A).kind()]
+        'complex128'
     """
 
     eigenvalues: Tensor
@@ -59,18 +64,18 @@ class Eigenbasis(NamedTuple):
         Args:
             kappa_max (float): Condition number up to which complex64 is
                 used. Defaults to 1e3.
-            gradient (bool): The gradient with respect to A is wanted too,
-                which loses ``u kappa^2 / gap``, more than the values do.
-                Defaults to False.
+            gradient (bool): The gradient with respect to A is wanted too. It
+                loses ``u kappa^2 / gap``, more than the values do. Defaults
+                to False.
 
         Returns:
-            Tensor: (...), int8, of :data:`KINDS`.
+            Tensor: (...), int8, index into :data:`KINDS`.
         """
         single = self.condition <= kappa_max
         double = self.condition <= KAPPA_LIMIT
         if gradient:
             single = single & (self.gap >= _SINGLE_GAP)
-            gap = self.gap.clamp(min=_DOUBLE_GAP)  # as separated() makes it
+            gap = self.gap.clamp(min=_DOUBLE_GAP)  # after separated()
             lost = self.condition.square() / gap
             single = single & (lost * 6e-8 <= _SINGLE_ERROR)
             double = double & (lost * 2.2e-16 <= _DOUBLE_ERROR)
@@ -78,11 +83,12 @@ class Eigenbasis(NamedTuple):
         return torch.where(single & double, COMPLEX64, kind).to(torch.int8)
 
     def separated(self) -> Tensor:
-        """Eigenvalues for a scan in complex128 whose gradient is wanted.
+        """Separate equal eigenvalues, for the gradient of a complex128 scan.
 
-        Where some coincide (the scan then has a gradient, the eigenvectors
-        have none), those of that matrix are moved apart, downward, by
-        ``1e-8 ||A||`` in all: less than its parameters are rounded by.
+        Where eigenvalues of a matrix coincide, the scan has a gradient but
+        the eigenvectors have none. Those eigenvalues are moved apart,
+        downward, by ``1e-8 ||A||`` in all, less than the rounding of the
+        parameters.
 
         Returns:
             Tensor: (..., N), complex128, 1/step.
@@ -97,17 +103,17 @@ class Eigenbasis(NamedTuple):
 def decompose(A: Tensor) -> Eigenbasis:
     """Diagonalize matrices, all in one call, on the CPU in double precision.
 
-    A scan in complex64 loses ``2e-7 kappa`` to the condition number kappa of
-    the eigenvectors, one in complex128 ``2e-16 kappa``, and nothing tells so:
+    With the condition number kappa of the eigenvectors, a scan in complex64
+    loses ``2e-7 kappa`` and one in complex128 ``2e-16 kappa``, silently.
     LAPACK returns kappa near 1e16 for a defective matrix.
-    :meth:`Eigenbasis.kind` says what each matrix needs.
+    :meth:`Eigenbasis.kind` chooses the arithmetic for each matrix.
 
     Args:
         A (Tensor): (..., N, N), real, 1/step.
 
     Returns:
-        Eigenbasis: On the CPU. Eigenvalues and vectors are differentiable
-        (:func:`known_eig`), the rest is not.
+        Eigenbasis: Tensors on the CPU. Eigenvalues and vectors are
+        differentiable (:func:`known_eig`), the rest is not.
 
     Raises:
         ValueError: If ``A`` is not square, not finite or complex.
@@ -133,7 +139,7 @@ def decompose(A: Tensor) -> Eigenbasis:
 
 
 class _KnownEig(torch.autograd.Function):
-    """``torch.linalg.eig`` of A with its result given."""
+    """``torch.linalg.eig`` of A with a known result."""
 
     @staticmethod
     def forward(
@@ -148,7 +154,7 @@ class _KnownEig(torch.autograd.Function):
         ctx: Any, dvalues: Tensor, dvectors: Tensor
     ) -> tuple[Tensor, None, None]:
         values, X = ctx.saved_tensors
-        # columns have unit norm, which the second term accounts for
+        # the second term accounts for the unit norm of columns
         inner = X.mH @ dvectors
         norms = inner.diagonal(dim1=-2, dim2=-1).real
         inner = inner - (X.mH @ X) * norms[..., None, :]
@@ -164,7 +170,7 @@ def known_eig(
 ) -> tuple[Tensor, Tensor]:
     """Give a known decomposition of A the gradient of ``torch.linalg.eig``.
 
-    So one decomposition serves many forward passes.
+    One decomposition then serves many forward passes.
 
     Args:
         A (Tensor): (..., N, N), real, 1/step.
@@ -172,10 +178,13 @@ def known_eig(
         vectors (Tensor): (..., N, N), complex, unit columns, in that order.
 
     Returns:
-        tuple[Tensor, Tensor]: Copies of both. Right for functions that do
-        not depend on the scale of a column; differentiable once.
+        tuple[Tensor, Tensor]: Copies of both, differentiable once. The
+        gradient is right for functions that do not depend on the scale of a
+        column.
     """
-    return _KnownEig.apply(A, eigenvalues, vectors)
+    known: tuple[Tensor, Tensor]
+    known = cast(Any, _KnownEig).apply(A, eigenvalues, vectors)
+    return known
 
 
 def eigenvector_cosine(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,8 +194,8 @@ def eigenvector_cosine(vectors: Tensor) -> tuple[Tensor, Tensor]:
         vectors (Tensor): (..., N, N), complex, unit columns: X.
 
     Returns:
-        tuple[Tensor, Tensor]: The cosine (...), in [0, 1], 0 where X cannot
-        be inverted, and the inverse (..., N, N), there the identity.
+        tuple[Tensor, Tensor]: The cosine (...), in [0, 1], and the inverse
+        (..., N, N). Where X cannot be inverted they are 0 and the identity.
     """
     singular = ~(condition_number(vectors) < 1 / torch.finfo(torch.double).eps)
     eye = torch.eye(vectors.shape[-1]).to(vectors)
@@ -198,8 +207,8 @@ def eigenvector_cosine(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def condition_number(vectors: Tensor) -> Tensor:
-    """2-norm condition number, (..., N, N) to (...); singular gives inf."""
-    singular_values = torch.linalg.svdvals(vectors)
+    """2-norm condition number, (..., N, N) to (...); inf if singular."""
+    singular_values: Tensor = torch.linalg.svdvals(vectors)
     return singular_values[..., 0] / singular_values[..., -1]
 
 
@@ -231,9 +240,9 @@ def matrix_exponential_scan(
         y[t, d] = C[t] . h[t] + D[d] u[t, d]
 
     where ``B_bar = delta B`` (``'euler'``) or the integral of ``exp(s A) B``
-    over the step (``'zoh'``). Exact for every matrix, its gradient too, also
-    where it has no eigenbasis; O(batch * length * dim * N^3), so a fallback
-    and a reference.
+    over the step (``'zoh'``). Values and gradients are exact for every matrix,
+    also without an eigenbasis. The cost is O(batch * length * dim * N^3), so
+    it is a fallback and a reference.
 
     Args:
         u (Tensor): (batch, length, dim), input.
@@ -241,7 +250,7 @@ def matrix_exponential_scan(
         A (Tensor): (groups, N, N), real, 1/step; channel d uses matrix
             ``d // (dim / groups)``.
         B (Tensor): (batch, length, N) or (batch, length, groups, N), real.
-        C (Tensor): As ``B``.
+        C (Tensor): Same shape choices as ``B``.
         D (Tensor, optional): (dim,), skip weight.
         b_disc (str): ``'euler'`` or ``'zoh'``. Defaults to ``'euler'``.
         reverse (bool): Walk from the last token to the first. Defaults to
@@ -258,6 +267,13 @@ def matrix_exponential_scan(
 
     Source: arXiv:2312.00752, Eq. 2 and 4; the augmented matrix for ``'zoh'``
     is Van Loan, IEEE TAC 23(3), 1978.
+
+    Example:
+        >>> one = torch.ones(1, 3, 1)
+        >>> A = torch.zeros(1, 1, 1)
+        >>> y, last = matrix_exponential_scan(one, one, A, one, one)
+        >>> y.flatten(), last.item()
+        (tensor([1., 2., 3.]), 3.0)
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
     _check_scan(u, delta, A, B, C, D)
@@ -324,7 +340,7 @@ def _check_scan(
 
 
 def _per_channel(matrix: Tensor, groups: int, channels: int) -> Tensor:
-    """B or C as (batch, length, dim, N), without a copy where shared."""
+    """Expand B or C to (batch, length, dim, N), without a copy if shared."""
     if matrix.dim() == 3:
         return matrix[:, :, None].expand(-1, -1, groups * channels, -1)
     return matrix.repeat_interleave(channels, dim=2)

@@ -1,4 +1,4 @@
-"""How far a state can grow along a sequence."""
+"""Growth of a state along a sequence, and bounds of it."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def growth_exponent(
     ``Gamma(L) = max over s < t <= L of sum_{tau = s+1..t} delta_tau Re
     lambda``, over all modes and channels, in nats. Steps are not negative, so
     a growing mode grows most over the whole sequence, and a fading one least
-    over its shortest step. A state grows at most by ``kappa exp(Gamma)`` with
+    over its shortest step. A state grows by at most ``kappa exp(Gamma)`` with
     the condition number kappa of the eigenvectors.
 
     Args:
@@ -21,11 +21,11 @@ def growth_exponent(
         real (Tensor): (dim, modes) or (1, modes), real parts of the
             eigenvalues, 1/step.
         length (float, optional): Tokens of a longer sequence with the same
-            mean step in each channel. Defaults to None, for the sequence
-            itself, where the result is exact.
+            mean step in each channel. Defaults to None, for the given
+            sequence, where the result is exact.
 
     Returns:
-        Tensor: Scalar, nats: above 0 where a mode grows.
+        Tensor: Scalar, nats; above 0 where a mode grows.
 
     Raises:
         ValueError: If shapes do not fit or a step is negative.
@@ -56,7 +56,7 @@ def growth_exponent(
 
 
 def growth_of_sums(whole: Tensor, least: Tensor, real: Tensor) -> Tensor:
-    """Growth exponent from the sum and the least of the steps.
+    """Growth exponent from the sum and the smallest of the steps.
 
     Args:
         whole (Tensor): (dim,), largest sum of a sequence's steps.
@@ -75,11 +75,11 @@ def growth_of_sums(whole: Tensor, least: Tensor, real: Tensor) -> Tensor:
 def growth_exponent_bound(
     delta_max: Tensor, real: Tensor, length: float
 ) -> Tensor:
-    """Bound the growth exponent for any input from the largest steps.
+    """Bound the growth exponent for any input, from the largest steps.
 
     Args:
-        delta_max (Tensor): (dim,), bounds of the step sizes, such as those of
-            a certificate, in steps; may be infinite.
+        delta_max (Tensor): (dim,), bounds of the step sizes, for example
+            certified ones, in steps; may be infinite.
         real (Tensor): (dim, modes) or (1, modes), 1/step.
         length (float): Tokens.
 
@@ -103,26 +103,26 @@ def state_gain_bound(
 ) -> Tensor:
     """Bound the norm of the state per unit of ``|u_t| ||B_t||``.
 
-    ``||h_t|| <= kappa sum_s exp(alpha (S_t - S_s)) delta_s |u_s| ||B_s||``,
-    in which the sum is at most ``1 / |alpha| + delta_max`` where alpha is
-    negative, whatever the length, and ``exp(alpha delta_max L) delta_max L``
-    where it is not. It bounds the state in the eigenbasis too.
+    ``||h_t|| <= kappa sum_s exp(alpha (S_t - S_s)) delta_s |u_s| ||B_s||``.
+    For negative alpha the sum is at most ``1 / |alpha| + delta_max``, for any
+    length; otherwise at most ``exp(alpha delta_max L) delta_max L``. It bounds
+    the state in the eigenbasis too.
 
     Args:
-        condition (Tensor): kappa of the eigenvectors, >= 1, any shape.
-        abscissa (Tensor): Spectral abscissa alpha, as ``condition``, 1/step.
-        delta_max (Tensor): Largest step, as ``condition``, in steps.
+        condition (Tensor): Condition number kappa of the eigenvectors, >= 1,
+            any shape.
+        abscissa (Tensor): Spectral abscissa alpha, same shape, 1/step.
+        delta_max (Tensor): Largest step, same shape, in steps.
         length (float): Tokens.
 
     Returns:
-        Tensor: As ``condition``, in steps.
+        Tensor: Bound, same shape, in steps.
 
     Source: docs/stabilizers.md.
 
     Example:
-        >>> import math
         >>> one = torch.ones(())
-        >>> state_gain_bound(one, -0.01 * one, one, math.inf).round().item()
+        >>> state_gain_bound(one, -0.01 * one, one, torch.inf).round().item()
         101.0
     """
     stable = abscissa < 0

@@ -1,4 +1,4 @@
-"""HiPPO-LegS, and the diagonal initializations that come from it.
+"""HiPPO-LegS and the diagonal initializations derived from it.
 
 Everything is computed in float64 unless said otherwise.
 """
@@ -26,9 +26,9 @@ class NormalForm(NamedTuple):
     def normal(self) -> Tensor:
         """(N, N), the blocks of frequencies, 1/step."""
         w = self.frequencies
-        half = torch.full_like(w, -0.5)
-        rows = torch.stack([half, w, -w, half], -1).unflatten(-1, (2, 2))
-        return torch.block_diag(*rows)
+        above = torch.stack([w, torch.zeros_like(w)], -1).flatten()
+        upper = torch.diag(above[:-1], 1)
+        return upper - upper.mT - torch.eye(len(upper), dtype=w.dtype) / 2
 
     @property
     def dense(self) -> Tensor:
@@ -37,11 +37,11 @@ class NormalForm(NamedTuple):
 
 
 def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
-    """The matrices A and B of HiPPO-LegS.
+    """Matrices A and B of HiPPO-LegS.
 
-    Their states are the coefficients of the exponentially faded past in
+    The states are the coefficients of the exponentially faded past in
     Legendre polynomials. The eigenvalues of A are -1, ..., -N, its numerical
-    abscissa is -1/2 (N > 1), and its eigenvectors are all but dependent: see
+    abscissa is -1/2 (N > 1), and its eigenvectors are nearly dependent: see
     :func:`hippo_condition`.
 
     Args:
@@ -54,6 +54,11 @@ def hippo_legs(size: int) -> tuple[Tensor, Tensor]:
         ValueError: If the size is not positive.
 
     Source: arXiv:2008.07669, Theorem 2; arXiv:2111.00396, Eq. 2.
+
+    Example:
+        >>> A, B = hippo_legs(2)
+        >>> A.diagonal().tolist(), [round(b, 4) for b in B.tolist()]
+        ([-1.0, -2.0], [1.0, 1.7321])
     """
     _check_positive('size', size)
     n = torch.arange(size, dtype=torch.float64)
@@ -67,7 +72,7 @@ def legs_normal_form(size: int) -> NormalForm:
 
     ``A + P P^T`` with ``P_n = sqrt(n + 1/2)`` is -1/2 plus a skew-symmetric
     matrix, so a rotation makes it block-diagonal. The free angle of each
-    block is chosen such that the result is unique.
+    block is fixed such that the result is unique.
 
     Args:
         size (int): N, positive and even.
@@ -79,6 +84,10 @@ def legs_normal_form(size: int) -> NormalForm:
         ValueError: If the size is not positive and even.
 
     Source: arXiv:2111.00396, Sec. 3.1 and Appendix C.
+
+    Example:
+        >>> legs_normal_form(2).frequencies
+        tensor([0.8660], dtype=torch.float64)
     """
     if size < 2 or size % 2:
         raise ValueError(f'size must be positive and even, got {size!r}')
@@ -100,11 +109,11 @@ def legs_normal_form(size: int) -> NormalForm:
 def hippo_condition(size: int) -> float:
     """Condition number of the unit eigenvectors of HiPPO-LegS.
 
-    About 5.8 times larger with every state. The eigenvectors hold the
-    coefficients of shifted Legendre polynomials and their inverse those of
-    monomials, which are known exactly: so float64 gives both norms to 12
-    digits, whereas from LAPACK's eigenvectors follows 6e18 instead of
-    1.2e23 for N = 32.
+    It grows about 5.8 times with every state. The eigenvectors hold the
+    coefficients of shifted Legendre polynomials, and their inverse those of
+    monomials. Both are known exactly, so float64 gives both norms to 12
+    digits. LAPACK's eigenvectors would give 6e18 instead of 1.2e23 for N =
+    32.
 
     Args:
         size (int): N, from 1 to 200 (larger ones overflow).
@@ -116,6 +125,10 @@ def hippo_condition(size: int) -> float:
         ValueError: If the size is out of range.
 
     Source: Abramowitz and Stegun, 22.3 and 22.20 for the polynomials.
+
+    Example:
+        >>> round(hippo_condition(2), 4), f'{hippo_condition(32):.2e}'
+        (3.7321, '1.22e+23')
     """
     _check_positive('size', size)
     if size > 200:
@@ -131,11 +144,11 @@ def hippo_condition(size: int) -> float:
 
 
 def hippo_response(size: int, omega: Tensor) -> Tensor:
-    """``(i omega - A)^-1 B`` of HiPPO-LegS, from a product formula.
+    """Response ``(i omega - A)^-1 B`` of HiPPO-LegS, in closed form.
 
-    Entry n is ``sqrt(2n+1) prod_{k<n} (s-k) / prod_{k<=n+1} (s+k)`` with k
-    from 0 above, from 1 below, and s = i omega. The norm of the whole is at
-    most 1, and 1 at omega = 0.
+    Entry n is ``sqrt(2n+1) prod_{k<n} (s-k) / prod_{k<=n+1} (s+k)``, with s =
+    i omega, k from 0 in the numerator and from 1 in the denominator. The norm
+    of the response is at most 1, and 1 at omega = 0.
 
     Args:
         size (int): N, positive.
@@ -146,6 +159,10 @@ def hippo_response(size: int, omega: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the size is not positive.
+
+    Example:
+        >>> hippo_response(2, torch.zeros(1)).real.tolist()
+        [[1.0, 0.0]]
     """
     _check_positive('size', size)
     s = 1j * omega.double()[:, None]
@@ -156,7 +173,7 @@ def hippo_response(size: int, omega: Tensor) -> Tensor:
 
 
 def state_response(A: Tensor, B: Tensor, omega: Tensor) -> Tensor:
-    """``(i omega - A)^-1 B``: the states that a Fourier mode drives.
+    """Response ``(i omega - A)^-1 B`` of the states to a Fourier mode.
 
     Args:
         A (Tensor): (N, N), real or complex, 1/step, no eigenvalue at
@@ -166,24 +183,35 @@ def state_response(A: Tensor, B: Tensor, omega: Tensor) -> Tensor:
 
     Returns:
         Tensor: (frequencies, N), complex128, on the device of ``A``.
+
+    Example:
+        >>> A, B = torch.tensor([[-2.0]]), torch.ones(1)
+        >>> state_response(A, B, torch.tensor([0.0, 2.0])).abs().float()
+        tensor([[0.5000],
+                [0.3536]])
     """
     A, B = A.to(torch.complex128), B.to(torch.complex128)
     s = 1j * omega.to(A.device, torch.float64)
     eye = torch.eye(len(A), dtype=A.dtype, device=A.device)
-    return torch.linalg.solve(s[:, None, None] * eye - A, B)
+    response: Tensor = torch.linalg.solve(s[:, None, None] * eye - A, B)
+    return response
 
 
 def s4d_real(size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """S4D-Real: -1, ..., -N, which are the eigenvalues of HiPPO-LegS.
+    """S4D-Real: -1, ..., -N, the eigenvalues of HiPPO-LegS.
 
     Args:
         size (int): N.
-        dtype (torch.dtype): Real. Defaults to float64.
+        dtype (torch.dtype): Real dtype. Defaults to float64.
 
     Returns:
         Tensor: (N,), 1/step.
 
     Source: arXiv:2206.11893, Sec. 4.
+
+    Example:
+        >>> s4d_real(3).tolist()
+        [-1.0, -2.0, -3.0]
     """
     return -torch.arange(1, size + 1, dtype=dtype)
 
@@ -192,13 +220,17 @@ def s4d_lin(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """S4D-Lin: ``-1/2 + i pi n``.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
         dtype (torch.dtype): Real dtype of the parts. Defaults to float64.
 
     Returns:
         Tensor: (pairs,), complex, 1/step.
 
     Source: arXiv:2206.11893, Eq. 9.
+
+    Example:
+        >>> s4d_lin(2, torch.float32)
+        tensor([-0.5000+0.0000j, -0.5000+3.1416j])
     """
     n = torch.arange(pairs, dtype=dtype)
     return _pairs(math.pi * n)
@@ -208,13 +240,17 @@ def s4d_inv(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """S4D-Inv: ``-1/2 + i (N / pi) (N / (2n+1) - 1)`` with N = 2 pairs.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
         dtype (torch.dtype): Real dtype of the parts. Defaults to float64.
 
     Returns:
         Tensor: (pairs,), complex, 1/step, descending imaginary parts.
 
     Source: arXiv:2206.11893, Eq. 8.
+
+    Example:
+        >>> s4d_inv(2, torch.float32)
+        tensor([-0.5000+3.8197j, -0.5000+0.4244j])
     """
     n, size = torch.arange(pairs, dtype=dtype), 2 * pairs
     return _pairs(size / math.pi * (size / (2 * n + 1) - 1))
@@ -224,28 +260,36 @@ def s4d_legs(pairs: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """S4D-LegS: the eigenvalues of the normal part of HiPPO-LegS.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
         dtype (torch.dtype): Real dtype of the parts. Defaults to float64.
 
     Returns:
         Tensor: (pairs,), complex, 1/step, descending imaginary parts.
 
     Source: arXiv:2206.11893, Eq. 7; arXiv:2203.14343.
+
+    Example:
+        >>> s4d_legs(1, torch.float32)
+        tensor([-0.5000+0.8660j])
     """
     return _pairs(legs_normal_form(2 * pairs).frequencies.to(dtype))
 
 
 def s4d_legs_input(pairs: int) -> Tensor:
-    """Half of HiPPO's B in the eigenbasis that :func:`s4d_legs` belongs to.
+    """Half of HiPPO's B in the eigenbasis of :func:`s4d_legs`.
 
     Args:
-        pairs (int): Number of conjugate pairs, of which one each is given.
+        pairs (int): Number of conjugate pairs; one of each is returned.
 
     Returns:
         Tensor: (pairs,), real (by the choice of the eigenvectors' phases),
         positive, float64.
 
     Source: arXiv:2206.11893, Theorem 3 (why half).
+
+    Example:
+        >>> round(s4d_legs_input(1).item(), 4)
+        0.7071
     """
     # B = sqrt(2) P, and a unit vector is half of two rotated axes each
     return legs_normal_form(2 * pairs).rank_one[::2] / 2
@@ -256,7 +300,7 @@ S4D_PAIRS: dict[str, Callable[[int, torch.dtype], Tensor]] = {
     's4d_inv': s4d_inv,
     's4d_legs': s4d_legs,
 }
-"""The initializations by conjugate pairs."""
+"""Initializations by conjugate pairs."""
 
 
 def _pairs(imaginary: Tensor) -> Tensor:
@@ -278,11 +322,11 @@ def _fill(size: int, entry: Callable[[int, int], Fraction]) -> Tensor:
 
 
 def _legendre_coefficient(n: int, k: int) -> Fraction:
-    """Of x^k in the Legendre polynomial ``P_n(2x - 1)``."""
+    """Coefficient of x^k in the Legendre polynomial ``P_n(2x - 1)``."""
     return Fraction((-1) ** (n + k) * math.comb(n, k) * math.comb(n + k, k))
 
 
 def _monomial_coefficient(k: int, n: int) -> Fraction:
-    """Of ``P_n(2x - 1)`` in x^k."""
+    """Coefficient of ``P_n(2x - 1)`` in x^k."""
     above = (2 * n + 1) * math.factorial(k) ** 2
     return Fraction(above, math.factorial(k - n) * math.factorial(k + n + 1))

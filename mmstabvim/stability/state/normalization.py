@@ -1,38 +1,20 @@
-"""How far a state matrix is scaled or shifted by spectral normalization."""
+"""Scales and shifts of spectral normalization."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from mmstabvim.stability.inputs import check_choice
 
-DOMAINS = ('continuous', 'discrete')
-
-
-def check_rho_max(
+def _check_rho_max(
     rho_max: float,
-    domain: str = 'continuous',
+    discrete: bool = False,
     delta_ref: float | None = None,
 ) -> None:
-    """Check the bound of spectral normalization.
-
-    Args:
-        rho_max (float): Bound of the spectral radius: of A, > 0, in
-            ``domain='continuous'``; of exp(delta_ref A), in (0, 1], in
-            ``'discrete'``.
-        domain (str): ``'continuous'`` or ``'discrete'``. Defaults to
-            ``'continuous'``.
-        delta_ref (float, optional): Step that a discrete bound below 1 refers
-            to, > 0.
-
-    Raises:
-        ValueError: If one of them is out of its range.
-    """
-    check_choice('domain', domain, DOMAINS)
+    """Check the bound of A, or the discrete one of ``exp(delta_ref A)``."""
     if not (rho_max > 0 and math.isfinite(rho_max)):
         raise ValueError(f'rho_max must be positive, got {rho_max}')
-    if domain == 'continuous':
+    if not discrete:
         return
     if rho_max > 1:
         raise ValueError(
@@ -59,8 +41,8 @@ def radius_scale(
     """Divisor ``c = max(1, radius / rho_max)`` of spectral normalization.
 
     ``A / c`` then has a spectral radius of at most ``rho_max``. Within the
-    slack c is exactly 1, so that rounding does not make a second application
-    change the matrix again.
+    slack c is exactly 1, so that a second application does not change the
+    matrix again by rounding.
 
     Args:
         radius (Tensor): Spectral radius, any shape, >= 0. NaN gives NaN.
@@ -70,19 +52,23 @@ def radius_scale(
         detach (bool): Stop the gradient through c. Defaults to False.
 
     Returns:
-        Tensor: As ``radius``, >= 1, dimensionless.
+        Tensor: Shape of ``radius``, >= 1, dimensionless.
 
     Raises:
         ValueError: If ``rho_max`` is not positive.
 
     Source: after arXiv:1802.05957, Eq. 8, with the eigenvalue radius and a
     bound instead of the singular value and equality.
+
+    Example:
+        >>> radius_scale(torch.tensor([0.5, 3.0]), 1.5)
+        tensor([1., 2.])
     """
     if isinstance(rho_max, Tensor):
         if not bool((rho_max > 0).all()):
             raise ValueError(f'rho_max must be positive, got {rho_max}')
     else:
-        check_rho_max(rho_max)
+        _check_rho_max(rho_max)
     if detach:
         radius = radius.detach()
     within = radius <= rho_max * (1 + slack)
@@ -97,8 +83,9 @@ def log_radius_scale(
 ) -> Tensor:
     """Logarithm of :func:`radius_scale`, from the logarithm of the radius.
 
-    For parameters that are logarithms: nothing overflows, and subtracting
-    the result in float64 keeps a second application bitwise the identity.
+    It serves parameters that are logarithms. Nothing overflows, and
+    subtracting the result in float64 keeps a second application bitwise the
+    identity.
 
     Args:
         log_radius (Tensor): ``ln(radius)``, any shape.
@@ -108,17 +95,21 @@ def log_radius_scale(
         detach (bool): Stop the gradient. Defaults to False.
 
     Returns:
-        Tensor: As ``log_radius`` in float64, >= 0.
+        Tensor: Shape of ``log_radius``, float64, >= 0.
 
     Raises:
         ValueError: If ``rho_max`` is not positive.
+
+    Example:
+        >>> log_radius_scale(torch.tensor([-1.0, 100.0]), 1.0).tolist()
+        [0.0, 100.0]
     """
     if isinstance(rho_max, Tensor):
         if not bool((rho_max > 0).all()):
             raise ValueError(f'rho_max must be positive, got {rho_max}')
         log_bound = rho_max.double().log()
     else:
-        check_rho_max(rho_max)
+        _check_rho_max(rho_max)
         log_bound = torch.tensor(math.log(rho_max), dtype=torch.float64)
     if detach:
         log_radius = log_radius.detach()
@@ -126,6 +117,30 @@ def log_radius_scale(
     spacing = torch.finfo(log_radius.dtype).eps
     excess = log_radius.double() - log_bound.to(log_radius.device)
     tolerance = slack + spacing * log_bound.abs().to(log_radius.device)
+    return torch.where(excess <= tolerance, 0.0, excess)
+
+
+def abscissa_shift(
+    abscissa: Tensor, limit: float, tolerance: float | Tensor = 0.0
+) -> Tensor:
+    """Shift s that brings the spectral abscissa of ``A - s I`` to a limit.
+
+    Args:
+        abscissa (Tensor): Spectral abscissa of A, any shape, 1/step. NaN
+            gives NaN.
+        limit (float): Largest abscissa allowed, 1/step.
+        tolerance (float or Tensor): Excess that is let through, so that a
+            second application does not shift again by rounding; a tensor
+            broadcasts against ``abscissa``. Defaults to 0.0.
+
+    Returns:
+        Tensor: Shape of ``abscissa``, >= 0, 1/step; 0 where the limit holds.
+
+    Example:
+        >>> abscissa_shift(torch.tensor([-1.0, 0.5]), limit=-0.25)
+        tensor([0.0000, 0.7500])
+    """
+    excess = abscissa - limit
     return torch.where(excess <= tolerance, 0.0, excess)
 
 
@@ -141,8 +156,8 @@ def discrete_shift(
 
     Dividing ``exp(delta A)`` by ``exp(s)`` is ``A - (s / delta) I``, so the
     discrete normalization is ``A - relu(alpha - ln(rho_max) / delta_ref) I``.
-    With ``rho_max = 1`` it holds for every step size at once; below 1 the
-    radius of a token is at most ``rho_max ** (delta / delta_ref)``.
+    With ``rho_max = 1`` the bound holds for every step size at once. Below 1
+    the radius of a token is at most ``rho_max ** (delta / delta_ref)``.
 
     Args:
         abscissa (Tensor): Spectral abscissa alpha of A, any shape, 1/step.
@@ -151,28 +166,30 @@ def discrete_shift(
         delta_ref (float, optional): Reference step, > 0; needed if ``rho_max
             < 1``.
         slack (float): Excess that is let through, relative to the largest of
-            1, the target and ``scale``, so that rounding does not make a
-            second application shift again. Defaults to 1e-6.
+            1, the target and ``scale``, so that a second application does
+            not shift again by rounding. Defaults to 1e-6.
         scale (Tensor, optional): Size of the entries of A, broadcast against
             ``abscissa``: float32 entries of 16 are stored to 1e-6 only.
         detach (bool): Stop the gradient. Defaults to False.
 
     Returns:
-        Tensor: As ``abscissa``, >= 0, 1/step.
+        Tensor: Shape of ``abscissa``, >= 0, 1/step.
 
     Raises:
         ValueError: If ``rho_max`` is not in (0, 1], or ``delta_ref`` is
             missing or not positive.
+
+    Example:
+        >>> discrete_shift(torch.tensor([-1.0, 0.5])).tolist()
+        [0.0, 0.5]
     """
-    check_rho_max(rho_max, 'discrete', delta_ref)
+    _check_rho_max(rho_max, discrete=True, delta_ref=delta_ref)
     target = 0.0
     if delta_ref is not None and rho_max < 1:
         target = math.log(rho_max) / delta_ref
     if detach:
         abscissa = abscissa.detach()
-    tolerance = slack * max(1.0, abs(target))
-    excess = abscissa - target
-    within = excess <= tolerance
+    tolerance: float | Tensor = slack * max(1.0, abs(target))
     if scale is not None:
-        within = within | (excess <= slack * scale)
-    return torch.where(within, 0.0, excess)
+        tolerance = (slack * scale).to(abscissa.dtype).clamp(min=tolerance)
+    return abscissa_shift(abscissa, target, tolerance)

@@ -1,6 +1,6 @@
 """Spectral radius, abscissa and numerical abscissa of small matrices."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from mmstabvim.stability.inputs import (
 from mmstabvim.stability.state.eigenbasis import Eigenbasis, eigenvector_cosine
 
 SMALLEST_COSINE = 1e-4
-"""Least ``|y^H x|`` of left and right unit eigenvectors for which the exact
-gradient of an eigenvalue is used: its norm is one over it."""
+"""Least ``|y^H x|`` of left and right unit eigenvectors with the exact
+gradient of an eigenvalue, whose norm is its inverse."""
 
 
 class _Eigenvalues(torch.autograd.Function):
@@ -39,35 +39,38 @@ class _Eigenvalues(torch.autograd.Function):
         return grad if A.is_complex() else grad.real, None, None
 
 
+def _with_gradient(A: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    return cast(Tensor, cast(Any, _Eigenvalues).apply(A, values, vectors))
+
+
 def known_eigenvalues(A: Tensor, basis: Eigenbasis) -> Tensor:
     """Give known eigenvalues of A the gradient of :func:`eigenvalues`.
 
     Args:
         A (Tensor): (..., N, N), float64, on the CPU, 1/step.
-        basis (Eigenbasis): Of ``A``.
+        basis (Eigenbasis): Eigendecomposition of ``A``.
 
     Returns:
         Tensor: (..., N), complex128, 1/step.
     """
-    return _Eigenvalues.apply(A, basis.eigenvalues, basis.vectors)
+    return _with_gradient(A, basis.eigenvalues, basis.vectors)
 
 
 def eigenvalues(A: Tensor) -> Tensor:
-    """Eigenvalues of A itself, with gradients that stay bounded.
+    """Eigenvalues of A itself, with bounded gradients.
 
     With left and right eigenvectors y, x the gradient of an eigenvalue is
-    ``conj(y) x^T / (y^H x)``, of norm ``1 / |cos(y, x)|``. Where the smallest
-    of these cosines of a matrix is below :data:`SMALLEST_COSINE`, nearly
-    defective, each of its eigenvalues is given the gradient of the numerical
-    abscissa instead, of norm 1. The values are the same with and without
-    gradients.
+    ``conj(y) x^T / (y^H x)``, of norm ``1 / |cos(y, x)|``. A matrix whose
+    smallest cosine is below :data:`SMALLEST_COSINE` is nearly defective. Each
+    of its eigenvalues gets the gradient of the numerical abscissa instead, of
+    norm 1. The values are the same with and without gradients.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
 
     Returns:
-        Tensor: (..., N), complex128, on the CPU; differentiable, near a
-        defective matrix once.
+        Tensor: (..., N), complex128, on the CPU, differentiable; near a
+        defective matrix differentiable once.
 
     Raises:
         ValueError: If ``A`` is not square or not finite.
@@ -76,17 +79,18 @@ def eigenvalues(A: Tensor) -> Tensor:
 
     Example:
         >>> A = torch.tensor([[0.0, 2.0], [-2.0, 0.0]])
-        >>> eigenvalues(A).imag.float().tolist()
-        [2.0, -2.0]
+        >>> eigenvalues(A).imag.float()
+        tensor([ 2., -2.])
     """
     matrix = dense('A', A)
-    # eigvals alone would round differently: one value whoever asks
+    # eigvals alone would round differently
+    values: Tensor
     values, vectors = torch.linalg.eig(matrix)
     if not values.requires_grad:
         return values
     if (eigenvector_cosine(vectors.detach())[0] >= SMALLEST_COSINE).all():
         return values
-    return _Eigenvalues.apply(matrix, values.detach(), vectors.detach())
+    return _with_gradient(matrix, values.detach(), vectors.detach())
 
 
 def spectral_radius(A: Tensor) -> Tensor:
@@ -94,9 +98,9 @@ def spectral_radius(A: Tensor) -> Tensor:
 
     Differentiable: with left and right eigenvectors y, x of the largest
     eigenvalue, ``d rho / d A = Re(conj(lambda) / |lambda| conj(y) x^T /
-    (y^H x))``; ties share it. Where the eigenvectors are linearly dependent
-    there is no gradient: a 2 x 2 matrix then gets that of the mean of its
-    eigenvalues, a larger one the bounded gradient of :func:`eigenvalues`.
+    (y^H x))``; ties share it. It does not exist where the eigenvectors are
+    linearly dependent. A 2 x 2 matrix then gets the gradient of the mean of
+    its eigenvalues, a larger one the bounded gradient of :func:`eigenvalues`.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -109,6 +113,10 @@ def spectral_radius(A: Tensor) -> Tensor:
         ValueError: If ``A`` is not square or not finite.
 
     Source: Horn and Johnson, Matrix Analysis, Sec. 1.2 and 6.3.
+
+    Example:
+        >>> spectral_radius(torch.tensor([[0.0, 2.0], [-2.0, 0.0]]))
+        tensor(2.)
     """
     matrix = dense('A', A)
     if A.shape[-1] == 1:
@@ -123,7 +131,7 @@ def spectral_radius(A: Tensor) -> Tensor:
 def spectral_abscissa(A: Tensor) -> Tensor:
     """Largest real part of an eigenvalue; its sign decides stability.
 
-    Differentiable, with the remarks of :func:`spectral_radius`.
+    Differentiable; for dependent eigenvectors see :func:`spectral_radius`.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -136,6 +144,10 @@ def spectral_abscissa(A: Tensor) -> Tensor:
         ValueError: If ``A`` is not square or not finite.
 
     Source: Trefethen and Embree, Spectra and Pseudospectra, Sec. 14.
+
+    Example:
+        >>> spectral_abscissa(torch.tensor([[-1.0, 5.0], [0.0, -3.0]]))
+        tensor(-1.)
     """
     matrix = dense('A', A)
     if A.shape[-1] == 1:
@@ -150,7 +162,7 @@ def spectral_abscissa(A: Tensor) -> Tensor:
 def numerical_abscissa(A: Tensor) -> Tensor:
     """Largest eigenvalue of ``(A + A^H) / 2``, the logarithmic norm.
 
-    At least the spectral abscissa, and ``||exp(t A)|| <= exp(t mu)``.
+    It is at least the spectral abscissa, and ``||exp(t A)|| <= exp(t mu)``.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
@@ -163,26 +175,30 @@ def numerical_abscissa(A: Tensor) -> Tensor:
         ValueError: If ``A`` is not square or not finite.
 
     Source: Trefethen and Embree, Spectra and Pseudospectra, Sec. 17.
+
+    Example:
+        >>> numerical_abscissa(torch.tensor([[-1.0, 4.0], [0.0, -1.0]]))
+        tensor(1.)
     """
     matrix = dense('A', A)
     symmetric = (matrix + matrix.mH) / 2
-    largest = torch.linalg.eigvalsh(symmetric)[..., -1]
+    largest: Tensor = torch.linalg.eigvalsh(symmetric)[..., -1]
     return largest.to(A.device, real_dtype(A))
 
 
 def gelfand_bound(A: Tensor, k: int = 10, check_values: bool = True) -> Tensor:
     """Upper bound ``||A^(2^k)||_F^(1 / 2^k)`` of the spectral radius.
 
-    Holds for every matrix, up to rounding, and does not increase with ``k``;
-    too large by a factor of at most ``(kappa sqrt(N))^(1 / 2^k)`` with the
-    condition number kappa of the eigenvectors. Needs no eigenvalues and stays
-    on the device.
+    It holds for every matrix, up to rounding, and does not increase with
+    ``k``. It exceeds the radius by a factor of at most ``(kappa sqrt(N))^(1 /
+    2^k)`` with the condition number kappa of the eigenvectors. It needs no
+    eigenvalues and stays on the device.
 
     Args:
         A (Tensor): (..., N, N), real or complex.
         k (int): Number of squarings, >= 0. Defaults to 10.
-        check_values (bool): Look for non-finite entries, which on a GPU waits
-            for the device; otherwise they give NaN. Defaults to True.
+        check_values (bool): Raise for non-finite entries, which on a GPU
+            waits for the device; otherwise they give NaN. Defaults to True.
 
     Returns:
         Tensor: (...), >= 0, unit of ``A``; 0 if a power is 0 (nilpotent).
@@ -193,6 +209,11 @@ def gelfand_bound(A: Tensor, k: int = 10, check_values: bool = True) -> Tensor:
         ValueError: If ``A`` is not square or not finite, or ``k`` negative.
 
     Source: Gelfand's formula; Horn and Johnson, Matrix Analysis, 5.6.14.
+
+    Example:
+        >>> A = torch.tensor([[-1.0, 4.0], [0.0, -1.0]])
+        >>> [round(gelfand_bound(A, k).item(), 4) for k in (0, 4, 10)]
+        [4.2426, 1.2969, 1.0082]
     """
     check_square('A', A)
     if k < 0:
@@ -212,42 +233,6 @@ def gelfand_bound(A: Tensor, k: int = 10, check_values: bool = True) -> Tensor:
         power = power @ power
     bound = torch.where(vanished, 0.0, log_bound.exp())
     return bound.to(real_dtype(A))
-
-
-def block_low_rank_radius_bound(
-    blocks: Tensor, U: Tensor, V: Tensor
-) -> Tensor:
-    """Bound the spectral radius of ``blkdiag(blocks) + U V^T`` cheaply.
-
-    The spectral norms of both parts, ``max_k ||A_k|| + ||U V^T||`` with
-    ``||U V^T||^2 = lambda_max(U^T U V^T V)``, so no N x N matrix is formed.
-
-    Args:
-        blocks (Tensor): (..., K, b, b), real.
-        U (Tensor): (..., K * b, r); r may be 0.
-        V (Tensor): (..., K * b, r).
-
-    Returns:
-        Tensor: (...), >= 0, unit of ``blocks``, an upper bound up to
-        rounding. At least float32, computed in float64, differentiable.
-
-    Raises:
-        ValueError: If the shapes do not fit or a value is not finite.
-    """
-    wide = dense('blocks', blocks)
-    size = blocks.shape[-3] * blocks.shape[-1] if blocks.dim() > 2 else -1
-    if U.shape != V.shape or U.dim() < 2 or U.shape[-2] != size:
-        raise ValueError(
-            'want blocks (..., K, b, b) and U, V (..., K * b, r), got '
-            f'{tuple(blocks.shape)}, {tuple(U.shape)}, {tuple(V.shape)}'
-        )
-    check_finite('U', U)
-    check_finite('V', V)
-    bound = torch.linalg.matrix_norm(wide, 2).amax(-1)
-    if U.shape[-1] > 0:
-        U, V = U.to('cpu', torch.float64), V.to('cpu', torch.float64)
-        bound = bound + _safe_sqrt(spectral_radius((U.mT @ U) @ (V.mT @ V)))
-    return bound.to(blocks.device, real_dtype(blocks, U, V))
 
 
 def _real(values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Near kernels whose gains are bounded at every frequency.
+"""Closest kernels with gains bounded at every frequency.
 
 Several frequencies bind at once, and on the sphere their bounds leave a set
-that is not convex: a logarithmic barrier is followed to a local optimum from
+that is not convex. A logarithmic barrier is followed to a local optimum from
 several starts.
 """
 
@@ -22,16 +22,16 @@ def flatten_gains(
 ) -> Tensor:
     """Unit kernels near given ones with the largest gain ``level``.
 
-    Starts at the single taps, whose gains are all 1, of the largest entries;
-    of the results the closest is taken.
+    It starts at the single taps of the largest entries, whose gains are all
+    1, and takes the closest result.
 
     Args:
-        unit (Tensor): (M, q), of length 1, with a gain above ``level``.
-        planes (FrequencyPlanes): Of the frequencies.
+        unit (Tensor): (M, q), length 1, with a gain above ``level``.
+        planes (FrequencyPlanes): Planes of all frequencies.
         level (float): Bound of the squared gains, in [1, q].
 
     Returns:
-        Tensor: (M, q), of length 1.
+        Tensor: (M, q), length 1.
     """
     starts = min(_STARTS, unit.shape[-1])
     place = unit.abs().topk(starts, -1).indices
@@ -45,13 +45,13 @@ def flatten_gains(
     found = _first_inside(given, inside, planes, level)
     best = (found * given).sum(-1).reshape(-1, starts).argmax(-1)
     rows = torch.arange(len(unit), device=unit.device)
-    return found.unflatten(0, (-1, starts))[rows, best]
+    return torch.unflatten(found, 0, (-1, starts))[rows, best]
 
 
 def _first_inside(
     outside: Tensor, inside: Tensor, planes: FrequencyPlanes, level: float
 ) -> Tensor:
-    """Where straight ways from outside the set to points in it enter it."""
+    """Points where lines from outside the set to points in it enter it."""
 
     def violates(share: Tensor) -> Tensor:
         x = to_sphere(torch.lerp(outside, inside, share))
@@ -66,7 +66,7 @@ class _Barrier:
 
     Args:
         given (Tensor): (P, q), the points a.
-        planes (FrequencyPlanes): Of the frequencies.
+        planes (FrequencyPlanes): Planes of all frequencies.
         level (float): Bound of the squared gains.
     """
 
@@ -76,12 +76,12 @@ class _Barrier:
         self.given, self.level = given, level
         first = planes.largest.sqrt()[:, None] * planes.first_axis
         second = planes.second.sqrt()[:, None] * planes.second_axis
-        # gain of frequency l = sum of squares of two products with x
+        # the gain of a frequency is the sum of squares of two products
         self.waves = torch.stack([first, second])  # (2, F, q)
         self.forms = (self.waves[..., None] * self.waves[..., None, :]).sum(0)
 
     def follow(self, x: Tensor) -> Tensor:
-        """From points inside to optima, as the barrier's weight t falls."""
+        """Follow points inside to optima, as the barrier's weight t falls."""
         for weight in _WEIGHTS:
             for _ in range(_NEWTON_STEPS):
                 x = self._improve(x, self._direction(x, weight), weight)
@@ -89,17 +89,18 @@ class _Barrier:
 
     def _parts(self, x: Tensor) -> Tensor:
         """Products with the waves, (..., 2, F)."""
-        return (x @ self.waves.flatten(0, 1).mT).unflatten(-1, (2, -1))
+        products = x @ self.waves.flatten(0, 1).mT
+        return torch.unflatten(products, -1, (2, -1))
 
     def _value(self, x: Tensor, weight: float) -> Tensor:
-        """Infinite outside; x is (P, lines, q)."""
+        """Values at x (P, lines, q), infinite outside."""
         room = self.level - self._parts(x).square().sum(-2)
         barrier = room.clamp(min=1e-300).log().sum(-1)
         value = -(x * self.given[:, None]).sum(-1) - weight * barrier
         return torch.where((room > 0).all(-1), value, torch.inf)
 
     def _direction(self, x: Tensor, weight: float) -> Tensor:
-        """Newton step in the tangent plane, made to descend."""
+        """Newton step in the tangent plane, a descent direction."""
         parts = self._parts(x)
         inverse = 1 / (self.level - parts.square().sum(-2))  # (P, F)
         slopes = (parts * inverse[:, None])[..., None] * self.waves
@@ -112,10 +113,11 @@ class _Barrier:
         curvature = -(x * gradient).sum(-1).clamp(max=-1e-3)
         hessian = tangent @ hessian @ tangent
         hessian = hessian + curvature[:, None, None] * tangent
-        # the last term makes it regular and leaves the tangent plane alone
+        # the last term makes it regular and acts outside the tangent plane
         hessian = hessian + x[..., None] * x[:, None]
         slope = tangent @ gradient[..., None]
-        return -torch.linalg.solve(hessian, slope)[..., 0]
+        step: Tensor = torch.linalg.solve(hessian, slope)[..., 0]
+        return -step
 
     def _improve(self, x: Tensor, step: Tensor, weight: float) -> Tensor:
         """Best of a few lengths of the step, or the point itself."""

@@ -1,4 +1,4 @@
-"""Kernels of a given stable rank: closest to given ones, on their support."""
+"""Kernels of a given stable rank, closest to given ones on their support."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice, real_dtype
-from mmstabvim.stability.weights.kernel_descent import sphere_descent
+from mmstabvim.stability.weights.kernel_baselines import (
+    sphere_descent,
+    srn_c,
+)
 from mmstabvim.stability.weights.kernel_flattening import flatten_gains
 from mmstabvim.stability.weights.kernel_spectrum import (
     FrequencyPlanes,
@@ -18,20 +21,19 @@ from mmstabvim.stability.weights.kernel_spectrum import (
     kernel_stable_rank,
 )
 from mmstabvim.stability.weights.sphere import bisect, to_sphere
-from mmstabvim.stability.weights.srn_c import srn_c
 
 SOLVERS = ('exact', 'rgd', 'srn_c')
 MODES = ('reduce', 'equal')
-_ENTRIES = 2**23  # of a working array
+_ENTRIES = 2**23  # values in a working array
 
 
 def check_kernel_rank(rank: float, count: int, points: int) -> None:
-    """Check that a kernel can have a stable rank.
+    """Check that kernels of a shape can have a stable rank.
 
     Args:
         rank (float): Target.
-        count (int): Taps of the kernel.
-        points (int): Points of the grid.
+        count (int): Number of taps of the kernel.
+        points (int): Number of points of the grid.
 
     Raises:
         ValueError: If not ``points / count <= rank <= points``.
@@ -42,8 +44,8 @@ def check_kernel_rank(rank: float, count: int, points: int) -> None:
     low, high = points / count, float(points)
     if not low * (1 - 1e-9) <= rank <= high * (1 + 1e-9):
         raise ValueError(
-            f'rank must be in [{low:.6g}, {high:.6g}], which is what kernels '
-            f'of {count} taps on {points} points can have, got {rank}'
+            f'rank must be in [{low:.6g}, {high:.6g}], the range of kernels '
+            f'of {count} taps on {points} points, got {rank}'
         )
 
 
@@ -59,17 +61,17 @@ def normalize_kernel_stable_rank(
 ) -> Tensor:
     """Kernels whose circular convolution has the stable rank ``rank``.
 
-    Each kernel by itself, with its support and its largest singular value
-    kept. ``'exact'`` takes the closest one. When the stable rank is reduced,
-    this is the closest over all frequencies of the closest kernel whose gain
-    at that frequency is large enough, each by a scalar equation. When it is
-    raised, several frequencies bind at once: the result has the stable rank
+    Each kernel changes by itself and keeps its support and its largest
+    singular value. ``'exact'`` takes the closest one. To reduce the stable
+    rank, each frequency gives the closest kernel with a large enough gain
+    there, by a scalar equation, and the closest of these is taken. To raise
+    it, several frequencies bind at once: the result has the stable rank
     exactly, but is the best of a few local optima.
 
-    The other solvers are those of the literature, for comparison:
-    :func:`sphere_descent` (``'rgd'``), then scaled to the largest singular
-    value, and :func:`srn_c`. Both miss the stable rank, ``'srn_c'`` the
-    singular value too; :func:`kernel_stable_rank` tells what they reached.
+    The other solvers are published ones, for comparison:
+    :func:`sphere_descent` (``'rgd'``), scaled to the largest singular value
+    afterwards, and :func:`srn_c`. Both miss the stable rank, ``'srn_c'`` the
+    singular value too; :func:`kernel_stable_rank` measures the result.
 
     Args:
         kernels (Tensor): (..., taps) or (..., taps, taps), real.
@@ -81,21 +83,27 @@ def normalize_kernel_stable_rank(
         solver (str): ``'exact'``, ``'rgd'`` or ``'srn_c'``. Defaults to
             ``'exact'``.
         slack (float): Relative error of the stable rank that is let through,
-            so that rounding does not make a second application change a
-            kernel again. Defaults to 1e-6.
-        **options (Any): Of :func:`sphere_descent`, for ``'rgd'``.
+            so that a second application does not change a kernel again by
+            rounding. Defaults to 1e-6.
+        **options (Any): Options of :func:`sphere_descent`, for ``'rgd'``.
 
     Returns:
-        Tensor: As ``kernels``, at least float32, without gradient; computed
-        in float64.
+        Tensor: Shape of ``kernels``, at least float32, without gradient;
+        computed in float64.
 
     Raises:
-        ValueError: As :func:`check_kernels`, or if an argument is out of
-            range.
-        TypeError: If the solver does not know an option.
+        ValueError: If ``kernels`` do not fit ``size``, or an argument is out
+            of range.
+        TypeError: If the solver has no such option.
 
     Source: the problem is Eq. 7 of Zheng et al., Analysis of the Stable Rank
     Normalization for Convolutional Kernels.
+
+    Example:
+        >>> kernel = torch.tensor([1.0, -2.0, 0.5])
+        >>> changed = normalize_kernel_stable_rank(kernel, size=8, rank=3.0)
+        >>> round(kernel_stable_rank(changed, 8).item(), 4)
+        3.0
     """
     check_choice('mode', mode, MODES)
     check_choice('solver', solver, SOLVERS)
@@ -122,19 +130,20 @@ def normalize_kernel_stable_rank(
 def _descended(
     kernels: Tensor, size: tuple[int, ...], rank: float, **options: Any
 ) -> Tensor:
-    """Riemannian descent, scaled to keep the largest singular value."""
+    """Descend on the sphere, and keep the largest singular value."""
     return sphere_descent(kernels, size, rank, **options).kernels
 
 
 def _exact(kernels: Tensor, size: tuple[int, ...], rank: float) -> Tensor:
-    """(M, *taps) to the closest kernels, (M, *taps)."""
+    """Map kernels (M, *taps) to the closest ones."""
     planes = frequency_planes(tuple(kernels.shape[1:]), size)
     planes = FrequencyPlanes(*(part.to(kernels.device) for part in planes))
     flat = kernels.flatten(1)
     points, count = math.prod(size), flat.shape[1]
     level = min(points / rank, float(count))
     rows = max(1, _ENTRIES // (len(planes.largest) * count))
-    parts = [_turned(part, planes, level) for part in flat.split(rows)]
+    split = torch.split(flat, rows)
+    parts = [_turned(part, planes, level) for part in split]
     turned = torch.cat(parts)
     peak = planes.gains(flat).amax(-1) / planes.gains(turned).amax(-1)
     return (turned * peak.sqrt()[:, None]).reshape(kernels.shape)
@@ -156,15 +165,15 @@ def _raise_gain(unit: Tensor, planes: FrequencyPlanes, level: float) -> Tensor:
     """Nearest unit kernels (M, q) whose largest gain has risen to ``level``.
 
     The set where some gain is ``level`` or more is a union over frequencies,
-    so its nearest point is the nearest of theirs.
+    so its nearest point is the nearest over the frequencies.
     """
     gains = planes.gains(unit)
     able = planes.largest >= level * (1 - 1e-12)
     first = torch.where(able, gains, -1.0).argmax(-1)
     guess = _raise_one(unit, planes.at(first), level)
     chord = torch.linalg.vector_norm(guess - unit, dim=-1, keepdim=True)
-    # a gain's root changes by at most the root of its largest eigenvalue
-    # times the distance: frequencies out of reach of the guess cannot win
+    # the root of a gain changes by at most the root of its largest eigenvalue
+    # times the distance, so frequencies beyond that distance cannot win
     reach = gains.sqrt() + planes.largest.sqrt() * chord
     close = able & (reach >= math.sqrt(level))
     close[torch.arange(len(unit), device=unit.device), first] = True

@@ -21,7 +21,7 @@ Size = int | Sequence[int]
 
 
 def check_kernels(kernels: Tensor, size: Size) -> tuple[int, ...]:
-    """Check kernels against the grid that they act on.
+    """Check that kernels fit a grid.
 
     Args:
         kernels (Tensor): (..., taps) or (..., taps, taps).
@@ -59,15 +59,19 @@ def squared_gains(kernels: Tensor, size: Size) -> Tensor:
         size (int or Sequence[int]): Length, or rows and columns.
 
     Returns:
-        Tensor: (..., frequencies), >= 0, float64. Of two conjugate
-        frequencies of the last axis only one is there.
+        Tensor: (..., frequencies), >= 0, float64, without the conjugate
+        frequencies of the last axis.
 
     Raises:
-        ValueError: As :func:`check_kernels`.
+        ValueError: If ``kernels`` do not fit ``size``.
+
+    Example:
+        >>> squared_gains(torch.tensor([1.0, 1.0]), size=4).float()
+        tensor([4., 2., 0.])
     """
     shape = check_kernels(kernels, size)
     axes = tuple(range(-len(shape), 0))
-    spectrum = torch.fft.rfftn(kernels.double(), s=shape, dim=axes)
+    spectrum: Tensor = torch.fft.rfftn(kernels.double(), s=shape, dim=axes)
     return spectrum.flatten(-len(shape)).abs().square()
 
 
@@ -79,9 +83,9 @@ def kernel_stable_rank(
     Args:
         kernels (Tensor): (..., taps) or (..., taps, taps), real.
         size (int or Sequence[int]): Length, or rows and columns; N points.
-        granularity (str): ``'channel'``, each kernel by itself, or
-            ``'layer'``: the depthwise layer of the channels in the dimension
-            before the taps, one matrix. Defaults to ``'channel'``.
+        granularity (str): ``'channel'`` for each kernel by itself;
+            ``'layer'`` for one matrix of all channels in the dimension before
+            the taps, a depthwise layer. Defaults to ``'channel'``.
 
     Returns:
         Tensor: (...), in [N / taps, N] per channel, 0 for a kernel of zeros;
@@ -89,10 +93,14 @@ def kernel_stable_rank(
         of the channels.
 
     Raises:
-        ValueError: As :func:`check_kernels`.
+        ValueError: If ``kernels`` do not fit ``size``.
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Eq. 9.
+
+    Example:
+        >>> kernel_stable_rank(torch.tensor([1.0, 1.0]), size=4)
+        tensor(2.)
     """
     check_choice('granularity', granularity, GRANULARITIES)
     shape = check_kernels(kernels, size)
@@ -109,20 +117,24 @@ def kernel_stable_rank(
 def causal_stable_rank(kernels: Tensor, length: int) -> Tensor:
     """Stable rank of causal convolutions that start from zeros.
 
-    This is what a layer computes on one sequence: a triangular Toeplitz
+    A layer computes this convolution on a sequence: a triangular Toeplitz
     matrix, whose stable rank differs from the circular one.
 
     Args:
-        kernels (Tensor): (..., taps), real, as stored: the last entry weighs
-            the current token.
-        length (int): Tokens; needs a (length, length) matrix per kernel.
+        kernels (Tensor): (..., taps), real; the last entry weighs the current
+            token, as in ``Conv1d``.
+        length (int): Tokens; each kernel takes a (length, length) matrix.
 
     Returns:
         Tensor: (...), 0 for a kernel of zeros; at least float32, computed in
         float64.
 
     Raises:
-        ValueError: As :func:`check_kernels`.
+        ValueError: If ``kernels`` do not fit ``length``.
+
+    Example:
+        >>> causal_stable_rank(torch.tensor([0.0, 2.0]), length=4)
+        tensor(4.)
     """
     check_kernels(kernels, length)
     taps = kernels.double().flip(-1)  # by lag
@@ -143,7 +155,7 @@ class FrequencyPlanes(NamedTuple):
     """Eigenvalues and eigenvectors of the gain of each frequency.
 
     The squared gain of frequency l is a quadratic form of the taps, ``x^T B_l
-    x`` with ``B_l = cos_l cos_l^T + sin_l sin_l^T``, of rank 2 or less.
+    x`` with ``B_l = cos_l cos_l^T + sin_l sin_l^T``, whose rank is at most 2.
 
     Attributes:
         largest (Tensor): (frequencies,), ``(q + |c_l|) / 2`` for q taps and
@@ -168,7 +180,7 @@ class FrequencyPlanes(NamedTuple):
         return self.largest * along + self.second * across
 
     def at(self, frequency: Tensor) -> 'FrequencyPlanes':
-        """Planes of chosen frequencies."""
+        """Select the planes of some frequencies."""
         return FrequencyPlanes(*(part[frequency] for part in self))
 
 
@@ -178,9 +190,9 @@ def phases(
     """Phase of each tap at each frequency.
 
     Args:
-        taps (Sequence[int]): Of the kernel, per dimension.
-        size (Sequence[int]): Of the grid, per dimension.
-        half (bool): Leave out the conjugates in the last dimension, as
+        taps (Sequence[int]): Taps of the kernel, per dimension.
+        size (Sequence[int]): Points of the grid, per dimension.
+        half (bool): Leave out the conjugates in the last dimension, like
             :func:`squared_gains`. Defaults to False.
 
     Returns:
@@ -206,20 +218,25 @@ def frequency_planes(
     """Planes of the frequencies of a kernel shape on a grid.
 
     Args:
-        taps (tuple[int, ...]): Of the kernel, per dimension.
-        size (tuple[int, ...]): Of the grid, per dimension.
+        taps (tuple[int, ...]): Taps of the kernel, per dimension.
+        size (tuple[int, ...]): Points of the grid, per dimension.
 
     Returns:
-        FrequencyPlanes: On the CPU, float64, in the order of
-        :func:`squared_gains`; shared by all callers.
+        FrequencyPlanes: Float64 on the CPU, in the order of
+        :func:`squared_gains`; the tensors are shared by all callers.
 
     Source: Zheng et al., Analysis of the Stable Rank Normalization for
     Convolutional Kernels, Sec. 3.1.
+
+    Example:
+        >>> planes = frequency_planes((2,), (4,))
+        >>> planes.gains(torch.ones(2).double()).float()
+        tensor([4., 2., 0.])
     """
     angle = phases(taps, size, half=True)
     wave = torch.polar(torch.ones_like(angle), angle)
     square = wave.square().sum(-1)
-    # this turn makes real and imaginary part orthogonal
+    # a rotation that makes real and imaginary part orthogonal
     turn = -square.angle() / 2
     wave = wave * torch.polar(torch.ones_like(turn), turn)[:, None]
     count = wave.shape[-1]

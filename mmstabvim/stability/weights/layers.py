@@ -1,4 +1,4 @@
-"""Layers chosen by name, and the norms of their weights, shape by shape."""
+"""Layers selected by name, and norms of their weights in batches."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,30 +24,35 @@ from mmstabvim.stability.weights.norms import (
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RULES = ('bound', 'divide')
 START_STEPS = 15
-"""Steps of power iteration that a start vector gets before it is used."""
+"""Steps of power iteration of a start vector before its first use."""
 
 
 def find_layers(
     model: nn.Module, patterns: Sequence[str]
 ) -> dict[str, nn.Module]:
-    """Linear and convolution layers of a model whose names match.
+    """Find the linear and convolution layers whose names match.
 
-    A pattern matches whole parts of a dotted name: ``'in_proj'`` every layer
-    of that name and every layer below a module of that name,
-    ``'layers.0.mixer'`` all of one mixer. ``*`` stands for anything, dots
-    too, so ``'*head'`` finds ``head.fc`` and ``decode_head.conv_seg``.
+    A pattern matches whole parts of a dotted name. ``'in_proj'`` matches
+    every layer of that name and every layer below a module of that name,
+    ``'layers.0.mixer'`` all layers of one mixer. ``*`` stands for anything,
+    dots too, so ``'*head'`` finds ``head.fc`` and ``decode_head.conv_seg``.
 
     Args:
         model (nn.Module): Any model.
-        patterns (Sequence[str]): At least one.
+        patterns (Sequence[str]): Name patterns, at least one.
 
     Returns:
-        dict[str, nn.Module]: By name, in the order of ``named_modules``. Of
-        layers that share a weight the first.
+        dict[str, nn.Module]: Layers by name, in the order of
+        ``named_modules``; only the first of layers that share a weight.
 
     Raises:
         ValueError: If there is no pattern, or one matches no such layer; near
             names are listed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+        >>> list(find_layers(model, ['*']))
+        ['0', '2']
     """
     if isinstance(patterns, str) or not patterns:
         raise ValueError(
@@ -78,7 +83,7 @@ def _matches(name: str, pattern: str) -> bool:
 def _no_match(
     model: nn.Module, known: Mapping[str, nn.Module], pattern: str
 ) -> str:
-    """Error message that lists near names."""
+    """Message with the names nearest to a pattern."""
     parts = dict.fromkeys(part for name in known for part in name.split('.'))
     names = [part for part in parts if not part.isdigit()]
     near = difflib.get_close_matches(pattern, [*names, *known], 5, 0.5)
@@ -90,22 +95,23 @@ def _no_match(
 
 
 def weight_parameter(layer: nn.Module) -> nn.Parameter:
-    """The parameter behind a layer's weight, parametrized or not."""
+    """Parameter behind a layer's weight, parametrized or not."""
     if parametrize.is_parametrized(layer, 'weight'):
-        return cast(Any, layer).parametrizations.weight.original
+        parametrization = cast(Any, layer).parametrizations.weight
+        return cast(nn.Parameter, parametrization.original)
     return cast(nn.Parameter, layer.weight)
 
 
 @dataclass(frozen=True)
 class Operator:
-    """What a layer's weight does to its input: where its norm comes from.
+    """Linear map of a layer's weight, which determines its norm.
 
     Args:
-        groups (int): Number of matrices in the weight, each for a group of
-            channels of its own.
-        factor (float): The layer's norm is at most this many times the
-            matrices'; equal to it where the factor is 1.
-        depthwise (bool): A convolution of each channel along a sequence.
+        groups (int): Number of matrices in the weight, one for each group of
+            channels.
+        factor (float): The norm of the layer is at most this many times the
+            norm of the matrices, and equal to it where the factor is 1.
+        depthwise (bool): The layer convolves each channel along a sequence.
     """
 
     groups: int = 1
@@ -114,10 +120,10 @@ class Operator:
 
     def matrices(self, weights: Tensor) -> Tensor:
         """Unfold weights (batch, out, in, ...) to (batch, groups, m, n)."""
-        return weights.unflatten(1, (self.groups, -1)).flatten(3)
+        return torch.unflatten(weights, 1, (self.groups, -1)).flatten(3)
 
     def norms(self, weights: Tensor) -> Tensor:
-        """Norms of the layers, exact; bounds where the weight allows no more.
+        """Norms of the layers, exact or proven bounds.
 
         Args:
             weights (Tensor): (batch, *weight), weights of one shape.
@@ -131,22 +137,22 @@ class Operator:
         return self.factor * spectral_norm(self.matrices(weights)).amax(-1)
 
     def start(self, weights: Tensor) -> Tensor:
-        """Vectors from which power iteration starts, (batch, groups, m)."""
+        """Start vectors of power iteration, (batch, groups, m)."""
         batch, out = weights.shape[:2]
         size = out // self.groups
         return start_vector(size, weights).expand(batch, self.groups, size)
 
 
 def operator_of(layer: nn.Module) -> Operator:
-    """What a layer's weight does, as far as norms are concerned.
+    """Describe the linear map of a layer's weight.
 
     Args:
         layer (nn.Module): Linear or convolution.
 
     Returns:
-        Operator: Exact for a linear layer, for patches that do not overlap
-        and, but for 0.07 %, for a depthwise convolution along a sequence; a
-        bound for other convolutions.
+        Operator: Its norms are exact for a linear layer and for patches that
+        do not overlap, up to 0.07 % too large for a depthwise convolution
+        along a sequence, and bounds for other convolutions.
 
     Raises:
         TypeError: If the layer is of another kind.
@@ -173,7 +179,7 @@ def operator_of(layer: nn.Module) -> Operator:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while."""
+    """Put a module into evaluation mode within a context."""
     training = module.training
     module.eval()
     try:
@@ -184,33 +190,40 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def current_weight(layer: nn.Module) -> Tensor:
-    """The weight that a layer computes with, without a step of training.
+    """Weight in use by a layer, without a step of power iteration.
 
-    Where it is parametrized, reading ``layer.weight`` during training would
-    advance the power iteration.
+    Reading a parametrized ``layer.weight`` during training would advance the
+    iteration.
     """
     if not parametrize.is_parametrized(layer, 'weight'):
         return cast(Tensor, layer.weight)
     parametrization = cast(Any, layer).parametrizations.weight
     with evaluating(parametrization):
-        return parametrization()
+        return cast(Tensor, parametrization())
 
 
 def layer_norms(layers: Mapping[str, nn.Module]) -> dict[str, float]:
     """Spectral norm of each layer's weight, exact or a proven bound.
 
     Args:
-        layers (Mapping[str, nn.Module]): By name; see :func:`find_layers`.
+        layers (Mapping[str, nn.Module]): Layers by name; see
+            :func:`find_layers`.
 
     Returns:
-        dict[str, float]: By the same names. Linear layers and patches that do
-        not overlap: exact. Depthwise convolutions along a sequence: the norm
-        for any length, at most 0.07 % too large. Other convolutions: a bound.
-        Biases do not enter: they move outputs, not differences of them.
+        dict[str, float]: Norms by the same names. They are exact for linear
+        layers and for patches that do not overlap. For depthwise convolutions
+        along a sequence they hold for any length and are at most 0.07 % too
+        large. For other convolutions they are bounds. Biases do not matter.
 
     Raises:
         TypeError: If a layer is neither linear nor a convolution.
         ValueError: If a weight is not finite.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.init.constant_(layer.weight, 0.5)
+        >>> layer_norms({'head': layer})
+        {'head': 1.0}
     """
     norms: dict[str, float] = {}
     for group in group_layers(layers):
@@ -219,18 +232,19 @@ def layer_norms(layers: Mapping[str, nn.Module]) -> dict[str, float]:
 
 
 def group_layers(layers: Mapping[str, nn.Module]) -> list['WeightGroup']:
-    """Put layers together whose weights have one shape and act alike.
+    """Group layers whose weights have the same shape and operator.
 
     Args:
-        layers (Mapping[str, nn.Module]): By name; see :func:`find_layers`.
+        layers (Mapping[str, nn.Module]): Layers by name; see
+            :func:`find_layers`.
 
     Returns:
-        list[WeightGroup]: Together they hold each layer once.
+        list[WeightGroup]: Groups that together hold each layer once.
 
     Raises:
         TypeError: If a layer is neither linear nor a convolution.
     """
-    groups: dict[tuple, dict[str, Tensor]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Tensor]] = {}
     for name, layer in layers.items():
         weight = current_weight(layer)
         key = operator_of(layer), weight.shape, weight.dtype, weight.device
@@ -239,14 +253,14 @@ def group_layers(layers: Mapping[str, nn.Module]) -> list['WeightGroup']:
 
 
 class WeightGroup:
-    """Weights of one shape, whose norms are one batch.
+    """Weights of one shape, whose norms are computed in one batch.
+
+    The power iteration goes on from call to call.
 
     Args:
-        operator (Operator): What the weights do.
-        weights (Mapping[str, Tensor]): By the names of their layers; the
-            tensors themselves are projected, without gradient.
-
-    Its power iteration goes on from call to call.
+        operator (Operator): Linear map of the weights.
+        weights (Mapping[str, Tensor]): Weights by the names of their layers;
+            the tensors are projected in place, without gradient.
     """
 
     def __init__(
@@ -262,13 +276,13 @@ class WeightGroup:
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """Vectors of the power iteration by name; none where it is unused."""
+        """Vectors of the power iteration by name, empty if it is not used."""
         if self.operator.depthwise:
             return {}
         return dict(zip(self.names, self.u, strict=True))
 
     def take_vectors(self, vectors: Mapping[str, Tensor]) -> None:
-        """Go on from these vectors, where there are any for a weight."""
+        """Continue from these vectors, where a weight has one."""
         for row, name in zip(self.u, self.names, strict=True):
             if name in vectors:
                 row.copy_(vectors[name])
@@ -287,10 +301,10 @@ class WeightGroup:
 
     @torch.no_grad()
     def estimate(self, steps: int = 1) -> Tensor:
-        """Norms by power iteration that goes on where it ended, (weights,).
+        """Estimate norms by further steps of power iteration, (weights,).
 
-        From below, NaN where a weight is not finite. Depthwise convolutions
-        get their bounds, which cost as little.
+        Estimates are from below, and NaN where a weight is not finite.
+        Depthwise convolutions get their bounds, which cost as little.
         """
         stacked = self._stack()
         with torch.autocast(stacked.device.type, enabled=False):
@@ -301,7 +315,7 @@ class WeightGroup:
         return self.operator.factor * sigma.amax(-1)
 
     def check_finite(self, values: Tensor) -> None:
-        """Name the first layer whose row of ``values`` is not finite."""
+        """Raise ValueError for the first row of ``values`` not finite."""
         finite = torch.isfinite(values.reshape(len(self.names), -1)).all(-1)
         if not finite.all():
             name = self.names[int(finite.int().argmin())]
@@ -309,7 +323,7 @@ class WeightGroup:
 
     @torch.no_grad()
     def divide_(self, divisors: Tensor) -> None:
-        """Divide each weight by its number, in place."""
+        """Divide each weight by its divisor, in place."""
         for weight, divisor in zip(self.weights, divisors, strict=True):
             weight.div_(divisor)
 
@@ -320,54 +334,44 @@ def project_norms_(
     rule: str,
     steps: int | None = 1,
 ) -> None:
-    """Make weights obey a rule on their norms, in place.
+    """Project weights so that their norms obey a rule, in place.
 
     Args:
-        groups (Sequence[WeightGroup]): The weights.
-        bounds (Mapping[str, float]): By the names of the layers, > 0.
-        rule (str): ``'bound'`` or ``'divide'``; see :func:`norm_divisors`.
+        groups (Sequence[WeightGroup]): Weights to project.
+        bounds (Mapping[str, float]): Bounds by the names of the layers, > 0.
+        rule (str): Divisor of each weight: ``'bound'`` for ``max(1, norm /
+            bound)``, ``'divide'`` for ``norm / bound``.
         steps (int, optional): Steps of power iteration, or None for exact
             norms. Defaults to 1.
 
     Raises:
-        ValueError: If a weight is not finite, with the layer's name.
+        ValueError: If a weight is not finite, with the layer's name, or
+            ``rule`` is unknown.
+
+    Source: arXiv:1802.05957, Eq. 8 (``'divide'`` with bound 1).
     """
+    check_choice('rule', rule, RULES)
     norms = [
         group.norms() if steps is None else group.estimate(steps)
         for group in groups
     ]
-    # one wait for the device instead of one for each shape
+    # one wait for the device, not one for each shape
     if not torch.isfinite(torch.cat(norms)).all():
         for group, values in zip(groups, norms, strict=True):
             group.check_finite(values)
     for group, values in zip(groups, norms, strict=True):
         bound = values.new_tensor([bounds[name] for name in group.names])
-        group.divide_(norm_divisors(values, bound, rule))
+        group.divide_(_divisors(values, bound, rule))
 
 
-def norm_divisors(
+def _divisors(
     norms: Tensor, bounds: Tensor, rule: str, slack: float = 1e-6
 ) -> Tensor:
-    """What weights are divided by to obey a rule on their norms.
+    """Divisors of weights, 1 within the slack and where the norm is 0.
 
-    Args:
-        norms (Tensor): Spectral norms, any shape, >= 0.
-        bounds (Tensor): Same shape, > 0.
-        rule (str): ``'bound'`` for ``max(1, norm / bound)``, ``'divide'`` for
-            ``norm / bound``.
-        slack (float): Relative difference that is left alone, so that
-            rounding does not make a second application change a weight again.
-            Defaults to 1e-6.
-
-    Returns:
-        Tensor: Same shape, > 0, dimensionless. 1 where the norm is 0.
-
-    Raises:
-        ValueError: If ``rule`` is unknown.
-
-    Source: arXiv:1802.05957, Eq. 8 (``'divide'`` with bound 1).
+    The slack keeps a second application from changing a weight again by
+    rounding.
     """
-    check_choice('rule', rule, RULES)
     ratio = norms / bounds
     if rule == 'bound':
         return radius_scale(ratio, 1.0, slack)

@@ -1,4 +1,4 @@
-"""How much a scan and a whole network can amplify: local statements."""
+"""Local amplification of a scan and of a whole network."""
 
 from collections.abc import Callable
 
@@ -18,13 +18,13 @@ def scan_gain_bound(
     D: Tensor | None = None,
     b_disc: str = 'euler',
 ) -> Tensor:
-    """Bound how much a scan with fixed step sizes, B and C amplifies.
+    """Bound the l2 gain of a scan with fixed step sizes, B and C.
 
-    The l2 gain of a channel, over sequences of any length, is at most ``|D| +
+    The gain of a channel, over sequences of any length, is at most ``|D| +
     sum_n |C_n| |B_n| g_n`` with ``g = delta / (1 - exp(-delta |A|))`` for
     Euler, at most ``1 / |A| + delta``, and ``g = 1 / |A|`` for zero-order
-    hold. A selective scan computes step size, B and C from its input: of that
-    map this bounds nothing.
+    hold. A selective scan computes step size, B and C from its input; the
+    bound does not apply to that map.
 
     Args:
         A (Tensor): (d_inner, d_state), real, negative, 1/step.
@@ -44,6 +44,11 @@ def scan_gain_bound(
 
     Source: the geometric series of ``h <- exp(delta A) h + B u`` with Young's
     inequality for convolutions.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> scan_gain_bound(-2 * one, one[0], one, one, b_disc='zoh')
+        tensor([0.5000])
     """
     check_choice('b_disc', b_disc, ('euler', 'zoh'))
     if A.is_complex() or not bool((A < 0).all()):
@@ -67,28 +72,34 @@ def local_jacobian_norm(
 ) -> Tensor:
     """Largest singular value of each sample's Jacobian, by power iteration.
 
-    How far a small change of one sample can move its output. It is no
-    Lipschitz constant: another input may have a larger one.
+    It is the largest change of an output per small change of its sample. It
+    is no Lipschitz constant: another input may have a larger one.
 
     Args:
         function (Callable): Maps (batch, ...) to (batch, ...), each sample by
             itself: a model in evaluation mode.
         x (Tensor): (batch, ...), float32 or wider.
         steps (int): Steps of power iteration, >= 1. Defaults to 20.
-        method (str): ``'double_backward'``, exact products with the
+        method (str): ``'double_backward'`` takes exact products with the
             Jacobian, which each operation must allow (the scan with
-            ``backend='reference'``); or ``'difference'``, central differences
-            with a step of 3e-4 (float32) or 1e-4 (float64) of the sample's
-            norm. Defaults to ``'double_backward'``.
+            ``backend='reference'``). ``'difference'`` takes central
+            differences with a step of 3e-4 (float32) or 1e-4 (float64) of the
+            sample's norm. Defaults to ``'double_backward'``.
 
     Returns:
-        Tensor: (batch,), >= 0, unit of the output per unit of ``x``, an
-        estimate from below (with differences up to their error), without
-        gradient.
+        Tensor: (batch,), >= 0, unit of the output per unit of ``x``, without
+        gradient. It is an estimate from below, up to the error of
+        differences.
 
     Raises:
         ValueError: If ``steps`` is not positive, ``method`` unknown, or the
             output has another batch size.
+
+    Example:
+        >>> weight = torch.diag(torch.tensor([1.0, 3.0]))
+        >>> norm = local_jacobian_norm(lambda x: x @ weight, torch.ones(1, 2))
+        >>> round(norm.item(), 4)
+        3.0
     """
     check_choice('method', method, JACOBIANS)
     if steps < 1:
@@ -113,7 +124,7 @@ def local_jacobian_norm(
 def _double_backward(
     function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """Products ``J v``: ``J^T w`` is linear in w, and J is its adjoint."""
+    """Make products ``J v`` from the adjoint of ``w -> J^T w``."""
     w = torch.zeros_like(y, requires_grad=True)
     (transposed,) = torch.autograd.grad(y, x, w, create_graph=True)
 
@@ -126,7 +137,7 @@ def _double_backward(
 def _difference(
     function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    """Products ``J v`` by central differences."""
+    """Make products ``J v`` by central differences."""
     relative = 1e-4 if x.dtype == torch.float64 else 3e-4
     size = _norms(x.detach())
     step = relative * torch.where(size == 0, 1.0, size)
@@ -146,7 +157,8 @@ _PRODUCTS = {'double_backward': _double_backward, 'difference': _difference}
 
 def _norms(x: Tensor) -> Tensor:
     """Norm of each sample."""
-    return torch.linalg.vector_norm(x.detach().flatten(1), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(x.detach().flatten(1), dim=1)
+    return norms
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
-"""Spectral norms of weights: matrices, convolutions, exact or estimated."""
+"""Spectral norms of matrices and convolutions: exact, bounds, estimates."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import grad
 
 from mmstabvim.stability.inputs import check_finite, real_dtype
 
@@ -35,6 +33,10 @@ def spectral_norm(W: Tensor) -> Tensor:
         ValueError: If ``W`` is no matrix, or not finite.
 
     Source: arXiv:1802.05957, Eq. 6.
+
+    Example:
+        >>> spectral_norm(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+        tensor(2.)
     """
     if W.dim() < 2 or 0 in W.shape[-2:]:
         raise ValueError(
@@ -42,13 +44,15 @@ def spectral_norm(W: Tensor) -> Tensor:
         )
     check_finite('W', W)
     wide = W.to(torch.complex128 if W.is_complex() else torch.float64)
-    return torch.linalg.matrix_norm(wide, 2).to(real_dtype(W))
+    norm: Tensor = torch.linalg.matrix_norm(wide, 2)
+    return norm.to(real_dtype(W))
 
 
 def start_vector(size: int, like: Tensor) -> Tensor:
-    """Fixed Gaussian unit vector from which power iteration starts, (size,).
+    """Fixed Gaussian unit vector to start power iteration from, (size,).
 
-    The same on every machine and rank; dtype and device of ``like``.
+    It is the same on every machine and rank, with dtype and device of
+    ``like``.
     """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(size, dtype=torch.float64, generator=generator)
@@ -76,6 +80,12 @@ def power_iteration(W: Tensor, u: Tensor, steps: int = 1) -> SingularTriple:
         ValueError: If ``u`` does not fit, or ``steps`` is not positive.
 
     Source: arXiv:1802.05957, Algorithm 1.
+
+    Example:
+        >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+        >>> found = power_iteration(W, torch.tensor([0.6, 0.8]), steps=20)
+        >>> round(found.sigma.item(), 4)
+        3.0
     """
     if u.shape != W.shape[:-1]:
         raise ValueError(
@@ -104,16 +114,16 @@ def conv_norm_bound(taps: Tensor, points: int | None = None) -> Tensor:
     """Bound the norm of a depthwise convolution of any length.
 
     The convolution of sequences of length L, causal or centred, zeros
-    outside, is a piece of the infinite one, whose norm is the largest
-    ``|w^(theta)|`` over all frequencies; it tends to that as L grows. The
-    discrete Fourier transform sees ``points`` of them, and a trigonometric
-    polynomial of q terms exceeds what is seen by at most ``1 / sqrt(cos(pi (q
-    - 1) / points))``: 0.07 % for the default.
+    outside, is a section of the infinite one. The norm of the latter is the
+    largest ``|w^(theta)|`` over all frequencies, which is the limit as L
+    grows. The discrete Fourier transform samples ``points`` frequencies. A
+    trigonometric polynomial of q terms exceeds its samples by a factor of at
+    most ``1 / sqrt(cos(pi (q - 1) / points))``: 0.07 % for the default.
 
     Args:
         taps (Tensor): (..., q), real, the kernel of each channel.
         points (int, optional): Length of the transform, at least 4 q.
-            Defaults to 64 q.
+            Defaults to None, for 64 q.
 
     Returns:
         Tensor: (...), >= 0, unit of ``taps``, at least float32. Computed in
@@ -123,6 +133,10 @@ def conv_norm_bound(taps: Tensor, points: int | None = None) -> Tensor:
         ValueError: If ``taps`` is empty, or ``points`` too small.
 
     Source: Ehlich and Zeller, Math. Zeitschrift 86 (1964) 41-44.
+
+    Example:
+        >>> conv_norm_bound(torch.tensor([[2.0], [-3.0]]))
+        tensor([2., 3.])
     """
     count = _count_taps(taps)
     points = 64 * count if points is None else points
@@ -141,61 +155,6 @@ def conv_norm_bound(taps: Tensor, points: int | None = None) -> Tensor:
     return bound.to(real_dtype(taps))
 
 
-def circular_conv_norm(taps: Tensor, length: int) -> Tensor:
-    """Norm of a depthwise convolution of a sequence closed to a circle.
-
-    Exact for that operator. The causal convolution of as many tokens, with
-    zeros outside, may lie above or below.
-
-    Args:
-        taps (Tensor): (..., q), real, the kernel of each channel.
-        length (int): Length of the sequence, tokens.
-
-    Returns:
-        Tensor: (...), >= 0, unit of ``taps``, at least float32. Computed in
-        float64, differentiable with the frequency of the maximum held fixed.
-
-    Raises:
-        ValueError: If ``taps`` is empty, or ``length`` not positive.
-
-    Source: arXiv:1805.10408.
-    """
-    count = _count_taps(taps)
-    _check_length(length)
-    # a kernel longer than the circle meets itself
-    folded = F.pad(taps.double(), (0, -count % length))
-    folded = folded.unflatten(-1, (-1, length)).sum(-2)
-    response = torch.view_as_real(torch.fft.rfft(folded))
-    return _largest(response.square().sum(-1)).to(real_dtype(taps))
-
-
-def causal_conv_norm(taps: Tensor, length: int) -> Tensor:
-    """Norm of the causal depthwise convolution of a sequence, zeros outside.
-
-    Exact, from the singular values of the (length, length) matrix: to look
-    at, not for training.
-
-    Args:
-        taps (Tensor): (..., q), real, the kernel of each channel; the last
-            tap meets the current token, as in ``Conv1d`` padded by q - 1.
-        length (int): Length of the sequence, tokens.
-
-    Returns:
-        Tensor: (...), >= 0, unit of ``taps``, at least float32. Computed in
-        float64, differentiable.
-
-    Raises:
-        ValueError: If ``taps`` is empty, or ``length`` not positive.
-    """
-    count = _count_taps(taps)
-    _check_length(length)
-    token = torch.arange(length, device=taps.device)
-    lag = token[:, None] - token
-    inside = (lag >= 0) & (lag < count)
-    matrix = taps[..., (count - 1 - lag).clamp(0, count - 1)] * inside
-    return spectral_norm(matrix)
-
-
 def _count_taps(taps: Tensor) -> int:
     if taps.dim() < 1 or taps.shape[-1] == 0 or taps.is_complex():
         raise ValueError(
@@ -205,13 +164,8 @@ def _count_taps(taps: Tensor) -> int:
     return taps.shape[-1]
 
 
-def _check_length(length: int) -> None:
-    if length < 1:
-        raise ValueError(f'length must be at least 1, got {length}')
-
-
 def _largest(energy: Tensor) -> Tensor:
-    """Square root of the largest over the last axis, which is held fixed."""
+    """Root of the largest over the last axis; its index has no gradient."""
     index = energy.detach().argmax(-1, keepdim=True)
     largest = energy.gather(-1, index).squeeze(-1)
     zero = largest == 0  # where the root has no gradient
@@ -229,120 +183,25 @@ def overlap_factor(
     """Factor by which overlapping patches may exceed the weight's norm.
 
     A convolution with zero padding has at most this many times the norm of
-    its weight as a matrix (out_channels, in_channels * taps): no input value
-    is read by more than the factor's square of patches. It is 1, and the
-    norm that of the matrix, where patches do not overlap.
+    its weight as a matrix (out_channels, in_channels * taps): each input
+    value is read by at most the factor's square of patches. Where patches do
+    not overlap the factor is 1, and the norm is that of the matrix.
 
     Args:
-        kernel_size (Sequence[int]): Along each axis.
-        stride (Sequence[int]): Along each axis.
-        dilation (Sequence[int], optional): Along each axis. Defaults to 1.
+        kernel_size (Sequence[int]): Taps along each axis.
+        stride (Sequence[int]): Stride along each axis.
+        dilation (Sequence[int], optional): Dilation along each axis. Defaults
+            to None, for 1.
 
     Returns:
         float: At least 1.
+
+    Example:
+        >>> overlap_factor([2, 2], [2, 2]), overlap_factor([2, 2], [1, 1])
+        (1.0, 2.0)
     """
     patches = 1
     dilation = dilation or [1] * len(kernel_size)
     for k, s, d in zip(kernel_size, stride, dilation, strict=True):
         patches *= math.ceil(k * math.gcd(s, d) / s)
     return math.sqrt(patches)
-
-
-def conv_norm(
-    weight: Tensor,
-    size: Sequence[int],
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Norm of a convolution on inputs of one size, zeros outside.
-
-    By the Lanczos iteration on the operator and its adjoint, converged to
-    rounding: to look at, not for training. The singular values of a
-    convolution lie so close that power iteration would take thousands of
-    steps.
-
-    Args:
-        weight (Tensor): (out_channels, in_channels / groups, *kernel), one or
-            two axes.
-        size (Sequence[int]): Of the input, along each axis.
-        stride (int | Sequence[int]): As of ``conv2d``. Defaults to 1.
-        padding (int | Sequence[int]): As of ``conv2d``. Defaults to 0.
-        dilation (int | Sequence[int]): As of ``conv2d``. Defaults to 1.
-        groups (int): As of ``conv2d``. Defaults to 1.
-
-    Returns:
-        Tensor: Scalar, >= 0, unit of ``weight``, at least float32, without
-        gradient. Computed in float64.
-
-    Raises:
-        ValueError: If ``weight`` has another number of axes than ``size``.
-    """
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    axes = weight.dim() - 2
-    if axes not in _CONVOLUTIONS or len(size) != axes:
-        raise ValueError(
-            'weight must be (out, in, *kernel) with one or two axes of '
-            f'kernel, as many as size, got {tuple(weight.shape)} and '
-            f'{tuple(size)}'
-        )
-    forward, adjoint = _CONVOLUTIONS[axes]
-    wide = weight.detach().double()
-    shape = (1, weight.shape[1] * groups, *size)
-    options = (stride, padding, dilation, groups)
-
-    def gram(x: np.ndarray) -> np.ndarray:
-        image = forward(
-            wide.new_tensor(x).reshape(shape), wide, None, *options
-        )
-        return adjoint(shape, wide, image, *options).flatten().cpu().numpy()
-
-    count = math.prod(shape)
-    if count == 1 or not bool(wide.any()):
-        squared = gram(np.ones(count))[0]
-    else:
-        start = start_vector(count, wide.cpu()).numpy()
-        operator = LinearOperator((count, count), gram, dtype=np.float64)
-        (squared,) = eigsh(operator, 1, v0=start, return_eigenvectors=False)
-    sigma = math.sqrt(max(float(squared), 0.0))
-    return wide.new_tensor(sigma).to(real_dtype(weight))
-
-
-_CONVOLUTIONS: dict[int, tuple[Callable, Callable]] = {
-    1: (F.conv1d, grad.conv1d_input),
-    2: (F.conv2d, grad.conv2d_input),
-}
-
-
-def circular_conv2d_norm(weight: Tensor, size: Sequence[int]) -> Tensor:
-    """Norm of a convolution of an image closed to a torus, stride 1.
-
-    Exact for that operator; of the convolution with zeros outside an
-    estimate, not a bound.
-
-    Args:
-        weight (Tensor): (out_channels, in_channels, rows, columns), real.
-        size (Sequence[int]): Rows and columns of the image, at least those
-            of the kernel.
-
-    Returns:
-        Tensor: Scalar, >= 0, unit of ``weight``, at least float32. Computed
-        in float64, differentiable.
-
-    Raises:
-        ValueError: If the image is smaller than the kernel.
-
-    Source: arXiv:1805.10408.
-    """
-    if weight.dim() != 4 or any(
-        side < k for side, k in zip(size, weight.shape[2:], strict=True)
-    ):
-        raise ValueError(
-            'weight must be (out, in, rows, columns) with a kernel no larger '
-            f'than size, got {tuple(weight.shape)} and {tuple(size)}'
-        )
-    response = torch.fft.fft2(weight.double(), tuple(size))
-    norms = spectral_norm(response.permute(2, 3, 0, 1))
-    return norms.amax().to(real_dtype(weight))

@@ -1,9 +1,9 @@
-"""Layers whose weights obey a rule on their norms in every forward pass.
+"""Parametrized layers whose weights obey a rule on their norms.
 
-Built on :mod:`torch.nn.utils.parametrize`: the free parameter is
+They are built on :mod:`torch.nn.utils.parametrize`. The free parameter is
 ``layer.parametrizations.weight.original``, and ``layer.weight`` is computed
-from it, with gradients through the norm. Where the rule is a division by the
-norm of one matrix, PyTorch's own ``spectral_norm`` computes it.
+from it in every forward pass, with gradients through the norm. Where the rule
+divides by the norm of one matrix, PyTorch's own ``spectral_norm`` computes it.
 """
 
 import copy
@@ -28,19 +28,19 @@ from mmstabvim.stability.weights.norms import power_iteration
 
 PARAMETRIZED_RULES = ('bound', 'divide', 'learned')
 RAW = 'parametrizations.weight.'
-"""What the free parameters' names start with, after the layer's name."""
+"""Prefix of the free parameters' names, after the layer's name."""
 
 
 class EstimatedNorm(nn.Module):
     """Norm of a weight by power iteration, one step per training forward.
 
     Depthwise convolutions get their bound instead. The vectors are buffers;
-    evaluation does not change them. The norm carries the gradient ``u v^T``.
+    evaluation does not change them. The norm has the gradient ``u v^T``.
 
     Args:
-        operator (Operator): What the weight does.
-        weight (Tensor): Shape, dtype and device of the weight.
-        steps (int): Power iterations per forward. Defaults to 1.
+        operator (Operator): Linear map of the weight.
+        weight (Tensor): The weight, for shape, dtype and device.
+        steps (int): Power iterations per forward pass. Defaults to 1.
     """
 
     u: Tensor
@@ -63,7 +63,7 @@ class EstimatedNorm(nn.Module):
 
     @torch.no_grad()
     def restart(self, weight: Tensor) -> None:
-        """Begin power iteration anew, for another weight."""
+        """Restart power iteration, for another weight."""
         if not self.operator.depthwise:
             self.u.copy_(self.operator.start(weight[None])[0])
             self._iterate(self._matrix(weight), START_STEPS)
@@ -74,23 +74,23 @@ class EstimatedNorm(nn.Module):
         self.v.copy_(v)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The norm, a scalar, float32 or wider."""
+        """Return the norm, a scalar, float32 or wider."""
         if self.operator.depthwise:
             return self.operator.norms(weight[None])[0]
         matrix = self._matrix(weight)
         if self.training:
             self._iterate(matrix, self.steps)
-        # the graph keeps them, and the next forward changes the buffers
+        # the graph keeps them, and the next forward pass changes the buffers
         u, v = self.u.clone(), self.v.clone()
         sigma = (u[:, None] @ matrix @ v[..., None]).amax()
         return self.operator.factor * sigma
 
 
 class BoundedWeight(nn.Module):
-    """``weight / max(1, norm / max_norm)``.
+    """Parametrization ``weight / max(1, norm / max_norm)``.
 
     Args:
-        norm (EstimatedNorm): The weight's norm.
+        norm (EstimatedNorm): Norm of the weight.
         max_norm (float): Largest norm allowed, > 0.
     """
 
@@ -99,21 +99,21 @@ class BoundedWeight(nn.Module):
         self.norm, self.max_norm = norm, max_norm
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Map a weight to one that obeys, same shape and dtype."""
+        """Bound the norm of a weight, same shape and dtype."""
         with torch.autocast(weight.device.type, enabled=False):
             ratio = self.norm(weight) / self.max_norm
             return (weight / radius_scale(ratio, 1.0)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A weight that obeys comes from itself."""
+        """Return the weight: one within the bound maps to itself."""
         return weight
 
 
 class UnitWeight(nn.Module):
-    """``weight / norm``; a weight of zeros stays.
+    """Parametrization ``weight / norm``; a weight of zeros stays.
 
     Args:
-        norm (EstimatedNorm): The weight's norm.
+        norm (EstimatedNorm): Norm of the weight.
     """
 
     def __init__(self, norm: EstimatedNorm) -> None:
@@ -121,24 +121,24 @@ class UnitWeight(nn.Module):
         self.norm = norm
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Map a weight to one of norm 1, same shape and dtype."""
+        """Scale a weight to norm 1, same shape and dtype."""
         with torch.autocast(weight.device.type, enabled=False):
             norm = self.norm(weight)
             norm = torch.where(norm == 0, 1.0, norm)
             return (weight / norm).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A weight of norm 1 comes from itself."""
+        """Return the weight: one of norm 1 maps to itself."""
         return weight
 
 
 class WithoutAutocast(nn.Module):
-    """PyTorch's spectral normalization in the weight's own precision.
+    """Wrapper of PyTorch's spectral normalization that turns autocast off.
 
     Autocast would run its products in half precision.
 
     Args:
-        inner (nn.Module): The parametrization.
+        inner (nn.Module): Parametrization to wrap.
     """
 
     def __init__(self, inner: nn.Module) -> None:
@@ -146,13 +146,13 @@ class WithoutAutocast(nn.Module):
         self.inner = inner
 
     def forward(self, weight: Tensor) -> Tensor:
-        """As the parametrization."""
+        """Apply the wrapped parametrization."""
         with torch.autocast(weight.device.type, enabled=False):
-            return self.inner(weight)
+            return cast(Tensor, self.inner(weight))
 
     @torch.no_grad()
     def restart(self, weight: Tensor) -> None:
-        """Begin power iteration anew, from fixed vectors."""
+        """Restart power iteration, from fixed vectors."""
         matrices = Operator().matrices(weight.flatten(1)[None])[0]
         start = Operator().start(matrices)[0]
         u, _, v = power_iteration(matrices, start, START_STEPS)
@@ -160,12 +160,12 @@ class WithoutAutocast(nn.Module):
         cast(Tensor, self.inner._v).copy_(v[0])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A weight of norm 1 comes from itself."""
+        """Return the weight: one of norm 1 maps to itself."""
         return weight
 
 
 class Gain(nn.Module):
-    """``gain * weight``.
+    """Parametrization ``gain * weight``.
 
     Args:
         gain (Tensor): Scalar; a parameter is learned.
@@ -181,7 +181,7 @@ class Gain(nn.Module):
             self.register_buffer('gain', gain)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Multiply; same shape and dtype."""
+        """Multiply by the gain, same shape and dtype."""
         return (self.gain * weight).to(weight.dtype)
 
 
@@ -195,10 +195,10 @@ def parametrize_norm(
     """Make a layer's weight obey a rule on its norm in every forward pass.
 
     The parameter object stays, as ``parametrizations.weight.original``, so
-    an optimizer that has it needs nothing new but a learned gain. Each
-    training forward makes a step of power iteration, evaluation none. The
-    layer takes states of a plain layer as well: with ``'learned'`` it then
-    computes with the very same weight.
+    an optimizer that has it needs only a learned gain in addition. Each
+    training forward pass makes a step of power iteration, evaluation none.
+    The layer also loads states of a plain layer; with ``'learned'`` it then
+    computes with the same weight.
 
     Args:
         layer (nn.Module): Linear or convolution.
@@ -206,16 +206,24 @@ def parametrize_norm(
             ``'divide'`` for ``max_norm W / norm`` (arXiv:1802.05957, Eq. 8),
             ``'learned'`` for ``gain W / norm`` with a trained gain
             (arXiv:2303.06296). Defaults to ``'bound'``.
-        max_norm (float, optional): Bound, norm, or the gain's first value, >
-            0; None for the weight's own norm. Defaults to 1.0.
-        steps (int): Power iterations per forward, >= 1. Defaults to 1.
-        gain (nn.Parameter, optional): Scalar to be the learned gain, its
-            value is overwritten; made here if None.
+        max_norm (float, optional): Bound, norm, or initial value of the
+            gain, > 0; None for the norm of the weight. Defaults to 1.0.
+        steps (int): Power iterations per forward pass, >= 1. Defaults to 1.
+        gain (nn.Parameter, optional): Scalar used as the learned gain; its
+            value is overwritten. Defaults to None, for a new parameter.
 
     Raises:
         TypeError: If the layer is neither linear nor a convolution.
         ValueError: If an argument is out of range, the weight is parametrized
             already, or zero where it is to be divided by its norm.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.init.eye_(layer.weight)
+        >>> parametrize_norm(layer, 'bound', max_norm=0.5)
+        >>> layer.weight.detach()
+        tensor([[0.5000, 0.0000],
+                [0.0000, 0.5000]])
     """
     check_choice('rule', rule, PARAMETRIZED_RULES)
     if max_norm is not None and not max_norm > 0:
@@ -241,11 +249,12 @@ def parametrize_norm(
             _keep_weight(_parametrizations(layer), gain)
     elif rule == 'divide' and target != 1:
         _append(layer, Gain(weight.new_tensor(target)))
-    layer._register_load_state_dict_pre_hook(_accept_plain, with_module=True)
+    register = cast(Any, layer)._register_load_state_dict_pre_hook
+    register(_accept_plain, with_module=True)
 
 
 def _normalize(layer: nn.Module, norm: EstimatedNorm) -> None:
-    """Divide the weight by its norm, by PyTorch's own means if it can."""
+    """Divide the weight by its norm, by PyTorch's own function if it fits."""
     if norm.operator != Operator():
         unit = UnitWeight(norm)
         parametrize.register_parametrization(layer, 'weight', unit)
@@ -261,13 +270,16 @@ def _normalize(layer: nn.Module, norm: EstimatedNorm) -> None:
 
 
 def _append(layer: nn.Module, gain: Gain) -> None:
-    # not by register_parametrization, which computes the weight to check it
+    # register_parametrization would compute the weight to check it
     gain.train(layer.training)
     _parametrizations(layer).append(gain)
 
 
 def _parametrizations(layer: nn.Module) -> parametrize.ParametrizationList:
-    return cast(Any, layer).parametrizations.weight
+    return cast(
+        parametrize.ParametrizationList,
+        cast(Any, layer).parametrizations.weight,
+    )
 
 
 # ------------------------------------------------------------------- states
@@ -279,16 +291,17 @@ def take_raw(
 ) -> dict[str, Tensor]:
     """Replace a layer's free parameters in a state by the plain weight.
 
-    So that the state fits a model without parametrizations, and gives the
-    same outputs there.
+    The state then fits a model without parametrizations, and gives the same
+    outputs there.
 
     Args:
-        layer (nn.Module): Parametrized.
-        state (dict[str, Any]): State of a model with such a layer; changed.
-        prefix (str): Of the layer's keys, with the final dot.
+        layer (nn.Module): Parametrized layer.
+        state (dict[str, Any]): State of a model with such a layer; changed in
+            place.
+        prefix (str): Prefix of the layer's keys, with the final dot.
 
     Returns:
-        dict[str, Tensor]: What was taken out, for :func:`put_raw` and
+        dict[str, Tensor]: Removed entries, for :func:`put_raw` and
         :func:`load_raw`.
     """
     start = prefix + RAW
@@ -317,7 +330,7 @@ def load_raw(layer: nn.Module, raw: Mapping[str, Tensor]) -> None:
 def _accept_plain(
     layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 ) -> None:
-    """Turn a plain weight in a state to be loaded into free parameters."""
+    """Replace a plain weight in a state to be loaded by free parameters."""
     weight = state.pop(f'{prefix}weight', None)
     if weight is None or any(name.startswith(prefix + RAW) for name in state):
         return
@@ -327,7 +340,7 @@ def _accept_plain(
 
 @torch.no_grad()
 def _raw_of(layer: nn.Module, weight: Tensor) -> dict[str, Any]:
-    """Free parameters that stand for a weight."""
+    """Free parameters that represent a weight."""
     twin = copy.deepcopy(_parametrizations(layer))
     twin.original.copy_(weight)
     for module in twin.modules():
@@ -343,7 +356,7 @@ def _raw_of(layer: nn.Module, weight: Tensor) -> dict[str, Any]:
 def _keep_weight(
     parametrization: parametrize.ParametrizationList, gain: nn.Parameter
 ) -> None:
-    """Set the gain so that the weight comes out as its original is."""
+    """Set the gain so that the computed weight equals its original."""
     gain.fill_(1.0)
     with evaluating(parametrization):
         gain.copy_(parametrization.original.norm() / parametrization().norm())

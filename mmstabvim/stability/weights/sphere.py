@@ -10,7 +10,8 @@ _BISECTIONS = 60
 
 def to_sphere(x: Tensor) -> Tensor:
     """Scale vectors (..., q), not zero, to length 1."""
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length
 
 
 def random_points(count: int, dims: int, seed: int) -> Tensor:
@@ -25,13 +26,12 @@ def bisect(is_low: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
     """Numbers in (0, 1] at which ``is_low`` changes from True to False.
 
     Args:
-        is_low (Callable[[Tensor], Tensor]): Taken to be True at 0, False at
-            1, elementwise.
-        like (Tensor): Shape, dtype and device.
+        is_low (Callable[[Tensor], Tensor]): Elementwise condition, assumed
+            True at 0 and False at 1.
+        like (Tensor): Gives shape, dtype and device.
 
     Returns:
-        Tensor: As ``like``; the end of the last interval where ``is_low`` is
-        False.
+        Tensor: Upper end of the last interval, where ``is_low`` is False.
     """
     low, high = torch.zeros_like(like), torch.ones_like(like)
     for _ in range(_BISECTIONS):

@@ -1,4 +1,4 @@
-"""Stable rank of matrices, and the closest matrix that has a given one."""
+"""Stable rank of matrices, and the closest matrix with a given one."""
 
 import math
 
@@ -11,8 +11,8 @@ from mmstabvim.stability.inputs import check_finite, real_dtype
 def stable_rank(W: Tensor) -> Tensor:
     """Stable rank ``||W||_F^2 / ||W||_2^2``.
 
-    It counts how many directions carry the energy of the matrix and does not
-    change when the matrix is scaled.
+    It is the effective number of directions that carry the energy of the
+    matrix, and does not depend on its scale.
 
     Args:
         W (Tensor): (..., m, n), real.
@@ -25,6 +25,10 @@ def stable_rank(W: Tensor) -> Tensor:
         ValueError: If ``W`` is no real matrix or not finite.
 
     Source: arXiv:1906.04659, Eq. 2.
+
+    Example:
+        >>> stable_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0])))
+        tensor(1.5000)
     """
     wide = _double('W', W)
     norm = torch.linalg.matrix_norm(wide, 2)
@@ -45,23 +49,23 @@ def normalize_stable_rank(
     With ``S1`` the part of the first ``preserved`` singular values and ``S2 =
     W - S1`` it is ``S1 + gamma S2``, ``gamma = sqrt(rank sigma_1^2 -
     ||S1||_F^2) / ||S2||_F``: these singular values stay, the others shrink by
-    the same factor below 1. With ``preserved=0`` the first one may grow, which
-    is closer still. Where the stable rank is ``rank`` or less the matrix stays
-    bitwise as it is.
+    the same factor below 1. With ``preserved=0`` the first one may grow, and
+    the result is closer still. A matrix with a stable rank of ``rank`` or
+    less stays bitwise as it is.
 
-    Differentiable: singular vectors are constants, singular values are not.
+    Differentiable, with singular vectors held constant.
 
     Args:
         W (Tensor): (..., m, n), real.
         rank (float): Target, >= 1.
-        preserved (int): How many singular values keep their value, 0 to
-            min(m, n). Defaults to 1.
+        preserved (int): Number of singular values that keep their value, 0
+            to min(m, n). Defaults to 1.
         slack (float): Relative excess of the stable rank that is let through,
-            so that rounding does not make a second application change the
-            matrix again. Defaults to 1e-6.
+            so that a second application does not change the matrix again by
+            rounding. Defaults to 1e-6.
 
     Returns:
-        Tensor: As ``W``, at least float32; computed in float64.
+        Tensor: Shape of ``W``, at least float32; computed in float64.
 
     Raises:
         ValueError: If ``W`` is no real matrix or not finite, an argument is
@@ -69,6 +73,11 @@ def normalize_stable_rank(
             stable rank than ``rank``.
 
     Source: arXiv:1906.04659, Theorem 1.
+
+    Example:
+        >>> W = torch.diag(torch.tensor([2.0, 2.0]))
+        >>> stable_rank(normalize_stable_rank(W, 1.25))
+        tensor(1.2500)
     """
     _check_target(rank)
     wide = _double('W', W)
@@ -108,7 +117,7 @@ def _double(name: str, W: Tensor) -> Tensor:
 def _factors(
     values: Tensor, rest: Tensor, rank: float, preserved: int, active: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Factors of S1 and S2, (...) each; of use where ``active``."""
+    """Factors of S1 and S2, (...) each, valid where ``active``."""
     peak = values[..., 0].square()
     room = rank * peak - values.square().sum(-1)
     if preserved > 1 and bool((active & (room < -1e-9 * peak)).any()):
@@ -135,8 +144,8 @@ def _leading_vectors(W: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if W.shape[-2] < W.shape[-1]:
         right, left = _leading_vectors(W.mT, count)
         return left, right
-    # the small Gram matrix: quicker than all singular vectors, and as good
-    # for the largest values
+    # the small Gram matrix is quicker than all singular vectors, and as
+    # accurate for the largest values
     basis = torch.linalg.eigh(W.mT @ W).eigenvectors[..., -count:]
     left, _, mixing = torch.linalg.svd(W @ basis, full_matrices=False)
     return left, basis @ mixing.mT

@@ -14,7 +14,7 @@ from mmstabvim.stability import (
     growth_exponent,
     step_ranges,
 )
-from mmstabvim.stability.state.diagnostics import SKIPPED, UNDERFLOW
+from mmstabvim.stability.state.steps import SKIPPED, UNDERFLOW
 
 Row = dict[str, Any]
 Rows = list[Row]

@@ -11,7 +11,7 @@ from _stability_report.source import finite
 from _stability_report.tensors import LIMITS, largest_shares, overflows
 from _stability_report.thresholds import THRESHOLDS, WORDS
 from mmstabvim.reporting.writing import number
-from mmstabvim.stability.state.diagnostics import SKIPPED
+from mmstabvim.stability.state.steps import SKIPPED
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from _stability_report.directions import LONG, SHORT
-from mmstabvim.stability.state.diagnostics import EXPLODING, SKIPPED, VANISHED
+from mmstabvim.stability.state.steps import EXPLODING, SKIPPED, VANISHED
 
 BROKEN, HIGH, MEDIUM, LOW = 3, 2, 1, 0
 WORDS = {BROKEN: 'broken', HIGH: 'high', MEDIUM: 'medium', LOW: 'low'}

@@ -57,7 +57,7 @@ def test_printed_spectra(size, condition, abscissa, radius, trace):
 
 
 def test_printed_deviations():
-    """Of the response to a Fourier mode."""
+    """Errors of the response to a Fourier mode."""
     A, B = hippo_legs(16)
     omega = double([0.0, 1.0, 10.0])
     moved = state_response(A + example(16), B, omega)
@@ -78,7 +78,7 @@ def test_printed_exponential():
     ('size', 'wanted'), [(8, 0.37242), (16, 0.19408), (64, 0.04904)]
 )
 def test_no_spike(size, wanted):
-    """Where S4D-LegS answers 14 to 831 times louder than HiPPO."""
+    """Responses of S4D-LegS that are 14 to 831 times those of HiPPO."""
     A, B = hippo_legs(size)
     spike = torch.linalg.eigvals(A + torch.outer(B, B) / 2).imag.max()
     response = state_response(A + example(size), B, spike[None]).norm()

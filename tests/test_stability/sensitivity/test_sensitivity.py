@@ -373,7 +373,7 @@ class Classifier(nn.Module):
             dict(embed_dims=8, num_layers=1, d_state=2),
             img_size=8,
             patch_size=4,
-            scan_backend=backend,
+            backend=backend,
         )
         self.head = nn.Linear(8, 3)
 
@@ -458,6 +458,30 @@ def test_other_errors_stay(perceptron):
             LABELS,
             parameters,
         )
+
+
+@pytest.mark.parametrize(
+    ('error', 'method'),
+    [
+        (torch.OutOfMemoryError('full'), 'difference'),
+        (RuntimeError('memory; use method=difference'), None),
+    ],
+    ids=['memory', 'a message that speaks of it'],
+)
+def test_kind_of_an_error_decides(perceptron, error, method):
+    """Never its text."""
+
+    def failing(x):
+        raise error
+
+    def found():
+        return best_method(failing, X, LABELS, list(perceptron.parameters()))
+
+    if method:
+        assert found() == method
+    else:
+        with pytest.raises(RuntimeError, match='memory'):
+            found()
 
 
 # -------------------------------------------------------------- the index

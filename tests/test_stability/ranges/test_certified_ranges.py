@@ -15,7 +15,7 @@ from mmstabvim.layers.mixer_ranges import (
     largest_values,
     trace_mixer,
 )
-from mmstabvim.layers.state_matrix import FullStateMatrix
+from mmstabvim.layers.state_matrix import Full
 from mmstabvim.stability.ranges.certified import (
     Interval,
     NormedLinear,
@@ -247,9 +247,8 @@ def make_mixer(state_matrix, b_disc='euler', seed=0):
     norm = RMSNorm(4)
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2.0)
-        for direction in mixer.directions:
-            direction.x_proj.weight.mul_(2)
-            direction.dt_proj.bias.add_(2)
+        mixer.ssm.x_proj.weight.mul_(2)
+        mixer.ssm.dt_bias.add_(2)
     return mixer.double(), norm.double()
 
 
@@ -285,8 +284,8 @@ def test_never_violated_by_gradient_ascent(kind, b_disc):
 
 @pytest.mark.parametrize('b_disc', ['euler', 'zoh'])
 def test_never_violated_without_an_eigenbasis(b_disc, monkeypatch):
-    """Where the scan runs by the matrix exponential."""
-    monkeypatch.setattr(FullStateMatrix, '_kind', lambda *_: 2)
+    """Scans that run by the matrix exponential."""
+    monkeypatch.setattr(Full, '_kind', lambda *_: 2)
     bounds, found = climb(EXPONENTIAL, b_disc, 'y')
     assert 'state' not in found[1]
     assert all(math.isfinite(bound['y']) for bound in bounds[1:])
@@ -322,14 +321,15 @@ def test_trace_is_the_mixer(kind):
     tokens = normal(2, 5, 4)
     trace = trace_mixer(mixer, tokens)
     torch.testing.assert_close(trace.shared['out'], mixer(tokens), **CLOSE)
-    for direction, found in zip(
-        mixer.directions, trace.directions, strict=True
-    ):
-        system = direction.state_matrix.scan_matrices(found['B'], found['C'])
-        C = system.C.repeat_interleave(8 // system.C.shape[2], dim=2)
-        read = (C * found['state']).sum(-1)
+    found = trace.directions
+    B, C = (torch.stack([one[name] for one in found]) for name in 'BC')
+    system = mixer.ssm.state_matrix.scan_matrices(B, C)
+    C = system.C.repeat_interleave(8 // system.C.shape[3], dim=3)
+    skips = mixer.ssm.by_direction(mixer.ssm.D)
+    for found, read_by, D in zip(trace.directions, C, skips, strict=True):
+        read = (read_by * found['state']).sum(-1)
         read = 2 * read.real if read.is_complex() else read
-        y = read + direction.D * found['u']
+        y = read + D * found['u']
         torch.testing.assert_close(found['y'], y, rtol=1e-5, atol=1e-6)
 
 
@@ -350,8 +350,7 @@ def one_channel(d_state=1, **options):
 def test_one_channel_attains_every_bound(kind, b_disc):
     mixer, norm = one_channel(state_matrix=dict(type=kind), b_disc=b_disc)
     if kind == 'signed':
-        for direction in mixer.directions:
-            direction.state_matrix.A.data.fill_(-0.7)
+        mixer.ssm.state_matrix.A.data.fill_(-0.7)
     bounds = largest_values(certify_mixer(mixer, norm, None))
     with torch.no_grad():
         image = norm(torch.full((1, 400, 1), 1e6, **DOUBLE))
@@ -380,9 +379,8 @@ def test_without_an_eigenbasis(monkeypatch):
     mixer, norm = one_channel(2, state_matrix=options)
     block = torch.tensor([[-0.7, 0.201], [0.199, -0.7]])
     with torch.no_grad():
-        for direction in mixer.directions:
-            direction.state_matrix.blocks.copy_(block.expand(1, 1, 2, 2))
-    monkeypatch.setattr(FullStateMatrix, '_kind', lambda *_: 2)
+        mixer.ssm.state_matrix.blocks.copy_(block.expand(2, 1, 2, 2))
+    monkeypatch.setattr(Full, '_kind', lambda *_: 2)
     bounds = largest_values(certify_mixer(mixer, norm, None))
     with torch.no_grad():
         tokens = norm(torch.full((1, 60, 1), 1e6, **DOUBLE))

@@ -1,4 +1,4 @@
-"""How far states can grow, and how far training can move a parameter."""
+"""Growth of states, and bounds of it."""
 
 import math
 

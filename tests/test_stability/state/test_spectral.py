@@ -15,7 +15,6 @@ from stability_oracles import (
 )
 
 from mmstabvim.stability import (
-    block_low_rank_radius_bound,
     decompose,
     eigenvalues,
     gelfand_bound,
@@ -249,32 +248,6 @@ def test_radius_of_a_sum_is_not_that_of_the_parts():
     low_rank = u @ v[None]
     assert spectral_radius(block) == spectral_radius(low_rank) == 0
     assert_printed(spectral_radius(block + low_rank), 3.0)
-    bound = block_low_rank_radius_bound(block[None], u, v[:, None])
-    assert_printed(bound, 6.0)
-
-
-@pytest.mark.parametrize('rank', [0, 1, 2, 3])
-def test_block_low_rank_bound(rank):
-    """The norms of both parts, without forming the low-rank one."""
-    blocks = batch_of(6, 2).reshape(2, 3, 2, 2)
-    U = torch.stack([detmat(6, rank, tag) for tag in (1, 2)])
-    V = torch.stack([detmat(6, rank, tag) for tag in (3, 4)])
-    bound = block_low_rank_radius_bound(blocks, U, V)
-    dense = torch.stack([torch.block_diag(*b) for b in blocks])
-    parts = (dense, U @ V.mT)
-    wanted = sum(torch.linalg.matrix_norm(part, 2) for part in parts)
-    torch.testing.assert_close(bound, wanted)
-    assert (bound >= spectral_radius(sum(parts))).all()
-    inputs = tuple(x.clone().requires_grad_() for x in (blocks, U, V))
-    assert torch.autograd.gradcheck(block_low_rank_radius_bound, inputs)
-
-
-def test_block_low_rank_bound_of_no_low_rank_part_yet():
-    """The usual start, U = 0, has a finite gradient."""
-    U = torch.zeros(4, 2).double().requires_grad_()
-    bound = block_low_rank_radius_bound(batch_of(2, 2), U, detmat(4, 2))
-    bound.backward()
-    assert U.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('function', FUNCTIONS)
@@ -316,15 +289,3 @@ def test_not_square(function, shape):
 def test_bad_arguments():
     with pytest.raises(ValueError, match='k must be >= 0, got -1'):
         gelfand_bound(detmat(2, 2), -1)
-    blocks, U = batch_of(2, 2), detmat(4, 1)
-    with pytest.raises(ValueError, match='want blocks'):
-        block_low_rank_radius_bound(blocks, U[:3], U[:3])
-    with pytest.raises(ValueError, match='want blocks'):
-        block_low_rank_radius_bound(blocks[0], U, U)
-    for name, args in (
-        ('blocks', (blocks * torch.nan, U, U)),
-        ('U', (blocks, U * torch.inf, U)),
-        ('V', (blocks, U, U * torch.nan)),
-    ):
-        with pytest.raises(ValueError, match=f'^{name} must be finite'):
-            block_low_rank_radius_bound(*args)

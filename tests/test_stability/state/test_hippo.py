@@ -191,7 +191,7 @@ def test_legs_are_the_eigenvalues_of_the_normal_part():
     ],
 )
 def test_spike(size, omega, legs, hippo):
-    """S4D-LegS answers to one Fourier mode far louder than HiPPO."""
+    """S4D-LegS responds far more strongly to one Fourier mode than HiPPO."""
     A, B = hippo_legs(size)
     spike = legs_normal_form(size).frequencies[:1]
     assert spike.item() == pytest.approx(omega, abs=6e-7)

@@ -1,8 +1,8 @@
 """Rules that a state matrix can be made to obey.
 
-A rule is called with a state matrix and parameters, and returns parameters
-that obey it: :meth:`.base.StateMatrix.apply_` writes them back, a
-reparametrization computes with them.
+A rule is a set of numbers. A parametrization maps parameters to parameters
+that obey it: :meth:`.matrix.StateMatrix.apply_` writes them back, a
+reparametrization computes with them in every forward pass.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from mmstabvim.stability.inputs import check_choice
-
-if TYPE_CHECKING:
-    from mmstabvim.layers.state_matrix.base import Params, StateMatrix
+from mmstabvim.stability.state.clamping import continuous_margin
 
 DOMAINS = ('continuous', 'discrete')
 GRANULARITIES = ('channel', 'layer', 'block')
@@ -103,10 +101,6 @@ class SpectralNormalization:
             return None
         return math.log(self.rho_max) / self.delta_ref
 
-    def __call__(self, matrix: StateMatrix, params: Params) -> Params:
-        """The parameters, scaled or shifted as far as the bound asks."""
-        return matrix.normalize(params, self)
-
 
 @dataclass(frozen=True)
 class EigenvalueClamping:
@@ -191,26 +185,22 @@ class EigenvalueClamping:
         """Least distance of the real parts from zero, 1/step."""
         if self.domain == 'continuous':
             return self.eps
-        return -math.log1p(-self.margin) / self.delta_ref
+        return continuous_margin(self.margin, self.delta_ref)
 
     @property
     def abscissa_limit(self) -> float:
         """Largest real part that the rule leaves, 1/step."""
         return -self.floor
 
-    def __call__(self, matrix: StateMatrix, params: Params) -> Params:
-        """The parameters, moved as far as the bounds ask."""
-        return matrix.clamp(params, self)
+
+Rule = SpectralNormalization | EigenvalueClamping
 
 
-Constraint = SpectralNormalization | EigenvalueClamping
-
-
-def check_together(rules: Sequence[Constraint]) -> tuple[float, float]:
+def check_compatible(rules: Sequence[Rule]) -> tuple[float, float]:
     """Check that rules do not contradict each other.
 
     Args:
-        rules (Sequence[Constraint]): That are to hold together.
+        rules (Sequence[Rule]): That are to hold together.
 
     Returns:
         tuple[float, float]: Smallest and largest real part that they leave,
@@ -240,6 +230,20 @@ def check_together(rules: Sequence[Constraint]) -> tuple[float, float]:
                     f'at most {limit:g} and real parts of at most {ceiling:g}'
                 )
     return floor, ceiling
+
+
+def largest_in_direction(x: Tensor, directions: int) -> Tensor:
+    """Give each matrix the largest value of its direction of a layer.
+
+    Args:
+        x (Tensor): (directions * rows, ...).
+        directions (int): Directions of the layer.
+
+    Returns:
+        Tensor: As ``x``.
+    """
+    split = x.unflatten(0, (directions, -1))
+    return split.amax(1, keepdim=True).expand_as(split).flatten(0, 1)
 
 
 def _at_least_one(value: object) -> bool:

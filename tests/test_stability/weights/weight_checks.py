@@ -14,3 +14,13 @@ def operator_matrix(function, *shape):
 
 def top(matrix):
     return torch.linalg.svdvals(matrix)[0]
+
+
+def causal_norm(taps, length):
+    """Norm of a causal depthwise convolution of so many tokens, one kernel."""
+    layer = torch.nn.Conv1d(1, 1, len(taps), padding=len(taps) - 1, bias=False)
+    layer.double().weight.data.copy_(taps)
+    with torch.no_grad():
+        return top(
+            operator_matrix(lambda x: layer(x)[..., :length], 1, length)
+        )

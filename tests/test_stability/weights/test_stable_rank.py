@@ -19,7 +19,7 @@ from mmstabvim.stability import (
     srn_c,
     stable_rank,
 )
-from mmstabvim.stability.weights.kernel_descent import SphereObjective
+from mmstabvim.stability.weights.kernel_baselines import SphereObjective
 from mmstabvim.stability.weights.sphere import to_sphere
 
 W = detmat(5, 7)
@@ -131,7 +131,7 @@ def test_batches_are_separate():
 
 
 def test_gradient_with_constant_vectors():
-    """As by hand, for what changes and for what does not."""
+    """Gradients by hand, for changed and for unchanged matrices."""
     A = torch.stack([W, torch.zeros(5, 7), 1e-3 * W]).requires_grad_()
     weight = random(3, 5, 7)
     (normalize_stable_rank(A, 2.0) * weight).sum().backward()
@@ -337,7 +337,7 @@ def check_constraints(kernels, found, size, rank):
 
 
 def test_closer_than_straight_paths():
-    """Where the active frequency is neither zero nor the highest.
+    """Active frequencies that are neither zero nor the highest.
 
     Straight paths to top eigenvectors reach 0.0756 here, a scan of each
     frequency's ellipse 0.0672166579.
@@ -648,7 +648,7 @@ def test_counterexample_to_srn_c():
     ('kernel', 'size'), [(TAPS, (16,)), (detmat(3, 2), (7, 9))]
 )
 def test_rank_one_kernel_is_the_gradient(kernel, size, turn):
-    """Of u^T (x * v) with singular vectors of the explicit matrix.
+    """Gradient of u^T (x * v) for singular vectors of the matrix.
 
     Away from zero and the highest frequency they are a pair, of which any
     turn gives the same.

@@ -39,7 +39,7 @@ def layer_of(kind):
 
 
 def weight_after(layer, steps=100):
-    """Of an evaluated layer, with converged estimates."""
+    """Weight of an evaluated layer, with converged estimates."""
     for _ in range(steps):
         layer.train().weight  # noqa: B018
     return layer.eval().weight.detach()
@@ -68,7 +68,7 @@ def test_parametrized_layers_obey(kind, rule):
 
 @pytest.mark.parametrize('kind', MATRICES)
 def test_division_is_pytorchs(kind):
-    """The same weights and gradients from the same vectors."""
+    """Equal weights and gradients from equal vectors."""
     ours, theirs = layer_of(kind), layer_of(kind)
     parametrize_norm(ours, 'divide')
     parametrizations.spectral_norm(theirs)

@@ -12,7 +12,7 @@ from stability_oracles import (
 )
 
 from mmstabvim.stability import (
-    check_rho_max,
+    abscissa_shift,
     discrete_shift,
     log_radius_scale,
     radius_scale,
@@ -268,7 +268,14 @@ def test_bad_arguments():
     for bad in (0.0, -0.1, math.nan):
         with pytest.raises(ValueError, match='delta_ref must be positive'):
             discrete_shift(one, 0.5, bad)
-    check_rho_max(16.0)
-    choices = r"domain must be one of \('continuous', 'discrete'\), got 'z'"
-    with pytest.raises(ValueError, match=choices):
-        check_rho_max(1.0, 'z')
+
+
+def test_abscissa_shift():
+    """Zero within the tolerance, which may differ from matrix to matrix."""
+    abscissa = double([-1, 0.5, 0.5]).requires_grad_()
+    shift = abscissa_shift(abscissa, -0.25, double([0, 0, 1]))
+    assert shift.tolist() == [0, 0.75, 0]
+    shift.sum().backward()
+    assert abscissa.grad.tolist() == [0, 1, 0]
+    assert abscissa_shift(double([-0.25, torch.nan]), -0.25)[0] == 0
+    assert abscissa_shift(double([torch.nan]), -0.25).isnan()

@@ -6,7 +6,7 @@ import torch
 from mmstabvim.layers import MambaMixer
 from mmstabvim.layers.mixer_attention import mixer_attention
 from mmstabvim.layers.mixer_ranges import trace_mixer
-from mmstabvim.layers.state_matrix import FullStateMatrix
+from mmstabvim.layers.state_matrix import Full
 from mmstabvim.ops import selective_scan
 from mmstabvim.stability.ranges import hidden_attention as module
 from mmstabvim.stability.ranges.hidden_attention import (
@@ -156,7 +156,7 @@ def test_dense_matrices_by_the_matrix_exponential(groups, b_disc, reverse):
 def test_the_scans_of_a_mixer(matrix, b_disc, monkeypatch):
     """Every state matrix, both directions, with the mixer's own tensors."""
     if 'kappa_max' in matrix:  # as where there is no usable eigenbasis
-        monkeypatch.setattr(FullStateMatrix, '_kind', lambda *_: 2)
+        monkeypatch.setattr(Full, '_kind', lambda *_: 2)
     torch.manual_seed(0)
     mixer = MambaMixer(4, 4, state_matrix=matrix, b_disc=b_disc).double()
     with torch.no_grad():
@@ -168,22 +168,17 @@ def test_the_scans_of_a_mixer(matrix, b_disc, monkeypatch):
     x = torch.randn(2, 11, 4, dtype=torch.float64)
     given = mixer_attention(mixer, x, None, with_skip=True)
     traced = trace_mixer(mixer, x).directions
-    assert [d.reverse for d in mixer.directions] == [False, True]
-    for direction, alpha, tensors in zip(
-        mixer.directions, given, traced, strict=True
-    ):
-        failed = direction.state_matrix.scan_matrices(
-            tensors['B'], tensors['C']
-        )
-        assert (failed is None) == (matrix.get('kappa_max') == 1.0)
+    B, C = (torch.stack([t[name] for t in traced]) for name in 'BC')
+    failed = mixer.ssm.state_matrix.scan_matrices(B, C)
+    assert (failed is None) == (matrix.get('kappa_max') == 1.0)
+    skips = mixer.ssm.by_direction(mixer.ssm.D).detach()
+    for k, (alpha, tensors) in enumerate(zip(given, traced, strict=True)):
         y = tensors['y']
         error = (apply(alpha, tensors['u']) - y).abs().max()
         assert error <= 1e-10 * y.abs().max()
-        without = mixer_attention(mixer, x, None)[direction.reverse]
+        without = mixer_attention(mixer, x, None)[k]
         skip = (alpha - without).diagonal(dim1=-2, dim2=-1)
-        torch.testing.assert_close(
-            skip, direction.D[:, None].expand_as(skip).detach()
-        )
+        torch.testing.assert_close(skip, skips[k][:, None].expand_as(skip))
 
 
 @both_ways
