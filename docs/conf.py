@@ -44,7 +44,10 @@ exclude_patterns = ['_build', *TABLES]
 
 myst_enable_extensions = ['dollarmath']
 myst_heading_anchors = 4
-suppress_warnings = ['myst.header']  # reports begin at the second level
+suppress_warnings = [
+    'myst.header',  # reports begin at the second level
+    'ref.python',  # shapes such as (directions, batch) are read as types
+]
 
 autosummary_generate = True
 autosummary_ignore_module_all = False
