@@ -39,6 +39,7 @@ from mmstabvim.checkpoint import (
 )
 
 __all__ = [
+    'DEFAULT_HOOKS',
     'CPUAmpOptimWrapper',
     'add_config_package',
     'install',
@@ -47,9 +48,22 @@ __all__ = [
     'name_unreadable_files',
     'prepare_cpu_distributed',
     'register_cpu_amp',
+    'remove_hooks_by_none',
     'status',
     'stub_mmcv_ext',
 ]
+
+DEFAULT_HOOKS = frozenset(
+    {
+        'runtime_info',
+        'timer',
+        'sampler_seed',
+        'logger',
+        'param_scheduler',
+        'checkpoint',
+    }
+)
+"""Names under ``default_hooks`` that mmengine fills in by itself."""
 
 
 def install() -> None:
@@ -64,6 +78,7 @@ def install() -> None:
     loading.install()
     register_cpu_amp()
     add_config_package()
+    remove_hooks_by_none()
     model_hub.serve_hub()
     stack.after_import('mmpretrain.apis.model', model_hub.register_models)
     stack.after_import('mmcv.transforms.base', name_unreadable_files)
@@ -85,6 +100,7 @@ def status() -> dict[str, str]:
     wrapped = {
         'weights: one door': reads,
         'models in the hub': hub_module.get_model,
+        'default_hooks.NAME=None': Runner.register_default_hooks,
     }
     if base is not None:
         wrapped['names of unreadable files'] = base.BaseTransform.__call__
@@ -323,6 +339,36 @@ def _with_file_name(call: Callable) -> Callable:
                 f'{path} cannot be read by {name}, it may be damaged or '
                 f'incomplete ({type(error).__name__}: {error})'
             ) from error
+
+    return wrapped
+
+
+# --- hooks that are taken out -----------------------------------------------
+
+
+def remove_hooks_by_none() -> None:
+    """Let None under ``default_hooks`` remove a hook of any name.
+
+    mmengine takes None for its own six and fails with an empty assertion
+    for others. Ends when it takes None for every name.
+    """
+    for runner in (Runner, FlexibleRunner):
+        register = runner.register_default_hooks
+        if not hasattr(register, '__wrapped__'):
+            runner.register_default_hooks = _without_removed(register)
+
+
+def _without_removed(register: Callable) -> Callable:
+    """Wrap a runner's ``register_default_hooks``."""
+
+    @functools.wraps(register)
+    def wrapped(self: Any, hooks: Any = None) -> None:
+        kept = {
+            name: hook
+            for name, hook in (hooks or {}).items()
+            if hook is not None or name in DEFAULT_HOOKS
+        }
+        register(self, kept)
 
     return wrapped
 

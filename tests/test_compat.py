@@ -31,7 +31,12 @@ from mmengine.registry import (
     DefaultScope,
     Registry,
 )
-from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from mmengine.runner import (
+    CheckpointLoader,
+    FlexibleRunner,
+    Runner,
+    load_checkpoint,
+)
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
@@ -654,6 +659,25 @@ def test_resume_of_a_damaged_file(trained, tmp_path):
     runner = make_runner(tmp_path)
     with pytest.raises(ValueError, match=r'cut\.pth: wanted a checkpoint'):
         runner.resume(str(path))
+
+
+# --- hooks that are taken out -----------------------------------------------
+
+
+@pytest.mark.parametrize('runner', [Runner, FlexibleRunner])
+def test_none_removes_a_default_hook(runner, tmp_path):
+    """One of a config's own and one of mmengine's; others stay."""
+    built = runner(
+        nn.Linear(1, 1),
+        work_dir=str(tmp_path),
+        default_hooks=dict(
+            mine=None, timer=None, ema=dict(type='EMAHook'), sn=None
+        ),
+        experiment_name=runner.__name__,
+    )
+    names = {type(hook).__name__ for hook in built.hooks}
+    assert {'EMAHook', 'CheckpointHook'} <= names
+    assert 'IterTimerHook' not in names
 
 
 # --- AmpOptimWrapper on a CPU -----------------------------------------------

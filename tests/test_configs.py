@@ -17,6 +17,9 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
+from mmstabvim.ablation.matrix import load_matrix
+from mmstabvim.engine.launch import read_settings
+
 CONFIG_ROOT = Path(__file__).parents[1] / 'configs'
 ALL = sorted(
     str(path.relative_to(CONFIG_ROOT))
@@ -32,11 +35,12 @@ NAME = re.compile(
     r'(-s(?P<stride>\d+))?'
     r'_(?P<gpus>\d+)xb(?P<batch>\d+)(-(?P<epochs>\d+)e)?'
     r'(-(?P<recipe>[a-z]+))?'
-    r'_(?P<data>in1k|cifar10|cifar100|digits)\.py'
+    r'_(?P<data>in1k|cifar10|cifar10-subset|cifar100|digits)\.py'
 )
 DATA = {  # dataset type, classes, image size
     'in1k': ('ImageNet', 1000, 224),
     'cifar10': ('CIFAR10', 10, 32),
+    'cifar10-subset': ('CustomDataset', 10, 32),
     'cifar100': ('CIFAR100', 100, 32),
     'digits': ('mmstabvim.Digits', 10, 32),
 }
@@ -51,6 +55,7 @@ RECIPES = {
     'vim/vim-micro-p4_1xb128-200e_cifar10.py': (1e-3, 0.05, 0.1, 128, 200),
     'vim/vim-micro-p4_1xb128-200e_cifar100.py': (1e-3, 0.05, 0.1, 128, 200),
     'vim/vim-nano-p4_1xb64-20e_digits.py': (2e-3, 0.05, 0.0, 64, 20),
+    'vim/vim-nano-p4_1xb64-10e_cifar10-subset.py': (2e-3, 0.05, 0.0, 64, 10),
 }
 # published: 7M, 26M, 98M; stride 8 adds 729 - 196 position vectors
 PARAMETERS = {
@@ -63,6 +68,7 @@ PARAMETERS = {
     'vim/vim-micro-p4_1xb128-200e_cifar10.py': 1_633_546,
     'vim/vim-micro-p4_1xb128-200e_cifar100.py': 1_633_546 + 90 * 129,
     'vim/vim-nano-p4_1xb64-20e_digits.py': 111_946,
+    'vim/vim-nano-p4_1xb64-10e_cifar10-subset.py': 111_946,
 }
 WIDTHS = {'tiny': 192, 'small': 384, 'base': 768, 'micro': 128, 'nano': 64}
 
@@ -168,8 +174,10 @@ def test_data_fits_the_model(name):
     for part in ('train', 'val', 'test'):
         assert cfg[f'{part}_dataloader'].dataset.type == dataset
     assert cfg.val_dataloader == cfg.test_dataloader
-    assert cfg.train_dataloader.dataset.split == 'train'
-    assert cfg.val_dataloader.dataset.split != 'train'
+    for part in ('train', 'val'):
+        dataset = cfg[f'{part}_dataloader'].dataset
+        split = dataset.get('split') or dataset.data_prefix
+        assert (split == 'train') == (part == 'train')
     assert cfg.model.head.num_classes == num_classes
     assert cfg.data_preprocessor.num_classes == num_classes
     assert cfg.model.backbone.img_size == img_size
@@ -252,8 +260,10 @@ def run_pipeline(dataset_cfg, folder, seed):
     sample = {'gt_label': 1}
     if dataset_cfg.pipeline[0].type == 'LoadImageFromFile':
         sample['img_path'] = str(folder / 'image.jpg')
-        image = rng.integers(0, 256, (40, 48, 3), np.uint8)
-        cv2.imwrite(sample['img_path'], image)
+        # the files of the CIFAR-10 subset have the model's size
+        small = dataset_cfg.type == 'CustomDataset'
+        shape = (32, 32, 3) if small else (40, 48, 3)
+        cv2.imwrite(sample['img_path'], rng.integers(0, 256, shape, np.uint8))
     else:
         sample['img'] = rng.integers(0, 256, (32, 32, 3), np.uint8)
     np.random.seed(seed)
@@ -488,45 +498,155 @@ def check_checkpoint(path):
     assert not torch.equal(averaged, plain)
 
 
-ABLATION = sorted(
-    path
-    for path in (CONFIG_ROOT / 'ablation').glob('*/*.py')
-    if re.search(r'-(negexp|signed|full)-(none|all|sn|ec|sp)[-_]', path.stem)
-)
-HOOKS = {
+STABILIZERS = {
     'sn': 'mmstabvim.SpectralNormalizationHook',
     'ec': 'mmstabvim.EigenvalueClampingHook',
     'sp': 'mmstabvim.StabilityLossHook',
 }
+COMBINATIONS = {
+    'none': (),
+    'sn': ('sn',),
+    'ec': ('ec',),
+    'sp': ('sp',),
+    'sn_ec': ('sn', 'ec'),
+    'sn_sp': ('sn', 'sp'),
+    'ec_sp': ('ec', 'sp'),
+    'all': ('sn', 'ec', 'sp'),
+}
+FRAGMENTS = CONFIG_ROOT / '_base_/stabilizers'
+SEPARATE = {  # files of the combinations, on full state matrices
+    'digits': 'vim/vim-nano-p4_1xb64-20e_digits.py',
+    'in1k': 'vim/vim-tiny-p16_8xb128_in1k.py',
+    'ade20k': 'upernet/vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py',
+}
+MATRICES = sorted((CONFIG_ROOT / 'ablation').glob('*.py'))
+CLAMPING = 'EigenvalueClampingHook'
+DEMOS = [
+    'vim/vim-nano-p4_1xb64-20e_digits.py',
+    'upernet/vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64.py',
+]
 
 
-def test_ablations_are_complete():
-    """Eight combinations, on three state matrices for most datasets."""
-    assert len(ABLATION) == (3 * 6 + 1) * 8
-    assert len({path.name for path in ABLATION}) == len(ABLATION)
+@pytest.mark.parametrize('name', COMBINATIONS)
+def test_fragment_has_the_stabilizers_of_its_name(name):
+    """Under one key each, with the settings that it has alone."""
+    cfg = Config.fromfile(FRAGMENTS / f'{name}.py')
+    keys = COMBINATIONS[name]
+    hooks = {k: v for k, v in cfg.default_hooks.items() if v is not None}
+    assert list(hooks) == list(keys)
+    for key, hook in hooks.items():
+        alone = Config.fromfile(FRAGMENTS / f'{key}.py')
+        assert hook.type == STABILIZERS[key]
+        assert hook == alone.default_hooks[key]
 
 
-@pytest.mark.parametrize('path', ABLATION, ids=lambda path: path.stem)
-def test_ablation_is_its_base_and_one_fragment(path):
+@pytest.mark.parametrize('combination', COMBINATIONS)
+@pytest.mark.parametrize('data', SEPARATE)
+def test_ablation_is_its_base_and_one_fragment(data, combination):
     """Nothing else differs, and the name says what does."""
+    base = load(SEPARATE[data])
+    folder = CONFIG_ROOT / 'ablation' / data
+    head, _, tail = Path(base.filename).stem.rpartition(f'_{data}')
+    path = folder / f'{head}-full-{combination}_{data}{tail}.py'
+    assert len(list(folder.iterdir())) == len(COMBINATIONS)
     cfg = Config.fromfile(path)
-    matrix, combination = re.search(
-        r'-(negexp|signed|full)-([a-z-]+)_', path.stem
-    ).groups()
-    base_name = path.stem.replace(f'-{matrix}-{combination}', '')
-    # beside it, or a recipe of its own
-    folders = (path.parent, CONFIG_ROOT / 'vim', CONFIG_ROOT / 'upernet')
-    (base,) = [
-        folder / f'{base_name}.py'
-        for folder in folders
-        if (folder / f'{base_name}.py').exists()
-    ]
-    base = Config.fromfile(base)
-    hooks = [hook['type'] for hook in cfg.pop('custom_hooks')]
-    parts = {'none': [], 'all': list(HOOKS)}.get(
-        combination, combination.split('-')
+    state_matrix = cfg.model.backbone.pop('state_matrix')
+    assert state_matrix.type == 'full'
+    fragment = Config.fromfile(FRAGMENTS / f'{combination}.py')
+    keys = [k for k, v in fragment.default_hooks.items() if v is not None]
+    base.merge_from_dict(
+        {f'default_hooks.{key}': fragment.default_hooks[key] for key in keys}
     )
-    assert hooks == [HOOKS[part] for part in parts]
-    state_matrix = cfg.model.backbone.pop('state_matrix', dict(type='neg_exp'))
-    assert state_matrix['type'].replace('_', '') == matrix
     assert cfg.to_dict() == base.to_dict()
+
+
+@pytest.mark.parametrize('path', MATRICES, ids=lambda path: path.stem)
+def test_matrix_is_a_product(path):
+    """Full matrices with each combination are what their files say."""
+    matrix = load_matrix(path)
+    shared = Config.fromfile(path).get('cfg_options', {})
+    files = {
+        name: read_settings(str(file), dict(shared))
+        for name in COMBINATIONS
+        for file in path.with_suffix('').glob(f'*-full-{name}_{path.stem}*.py')
+    }
+    assert set(files) == ({*COMBINATIONS} if path.stem in SEPARATE else set())
+    found = set()
+    for cell in matrix.cells:
+        labels = {'init': 's4d_real', **cell.labels}
+        if cell.seed or (labels.get('matrix'), labels['init']) != (
+            'full',
+            's4d_real',
+        ):
+            continue
+        name = labels.get('stabilizers')
+        if name in files:
+            found.add(name)
+            cfg = read_settings(cell.config, cell.options)
+            assert present(cfg) == present(files[name])
+    assert found == set(files)
+
+
+def present(cfg):
+    """Settings of a config without hooks that None takes out."""
+    settings = cfg.to_dict()
+    hooks = settings['default_hooks'].items()
+    settings['default_hooks'] = {k: v for k, v in hooks if v is not None}
+    return settings
+
+
+@pytest.fixture
+def stabilizers_in_training(tmp_path):
+    """Build a config's hooks; names of the stabilizers in their order."""
+
+    def build(path, options):
+        cfg = read_settings(str(path), options)
+        runner = Runner(
+            torch.nn.Linear(1, 1),
+            str(tmp_path / 'work'),
+            default_hooks=cfg.default_hooks,
+            custom_hooks=cfg.get('custom_hooks'),
+            default_scope=cfg.default_scope,
+            experiment_name=f'{Path(path).stem}-{len(options)}',
+        )
+        names = [kind.rpartition('.')[2] for kind in STABILIZERS.values()]
+        hooks = {type(hook).__name__: hook for hook in runner.hooks}
+        return {name: hooks[name] for name in hooks if name in names}
+
+    return build
+
+
+@pytest.mark.parametrize('name', DEMOS)
+def test_command_line_toggles_a_stabilizer(
+    name, tmp_path, stabilizers_in_training
+):
+    """On by its type, changed by a setting, off by None; so do fragments."""
+    plain = CONFIG_ROOT / name
+    assert stabilizers_in_training(plain, {}) == {}
+    options = {'default_hooks.ec.type': STABILIZERS['ec']}
+    assert [*stabilizers_in_training(plain, options)] == [CLAMPING]
+    options['default_hooks.ec.eps'] = 0.1
+    with pytest.raises(ValueError, match=r'default_hooks\.ec has no type'):
+        stabilizers_in_training(plain, {'default_hooks.ec.eps': 0.1})
+    found = stabilizers_in_training(plain, options)
+    assert found[CLAMPING].rule.eps == 0.1
+    text = (FRAGMENTS / 'all.py').read_text()
+    every = tmp_path / 'every.py'
+    every.write_text(f'_base_ = {str(plain)!r}\n{text}')
+    assert [*stabilizers_in_training(every, {})] == [
+        'SpectralNormalizationHook',
+        CLAMPING,
+        'StabilityLossHook',
+    ]
+    changes = {'default_hooks.sn': None, 'default_hooks.ec.eps': 0.1}
+    found = stabilizers_in_training(every, changes)
+    assert [*found] == [CLAMPING, 'StabilityLossHook']
+    assert found[CLAMPING].rule.eps == 0.1
+    text = (FRAGMENTS / 'none.py').read_text()
+    none = tmp_path / 'none.py'
+    none.write_text(f"_base_ = './every.py'\n{text}")
+    assert stabilizers_in_training(none, {}) == {}
+    with pytest.raises(ValueError, match=r'default_hooks\.ec\._delete_=True'):
+        stabilizers_in_training(none, options)
+    options['default_hooks.ec._delete_'] = True
+    assert [*stabilizers_in_training(none, options)] == [CLAMPING]

@@ -217,7 +217,7 @@ def test_every_example_is_walked():
 
 def check_run(cfg, folder):
     """One example, from its config to an evaluated model."""
-    hooks = [hook['type'] for hook in cfg.custom_hooks]
+    hooks = [hook['type'] for hook in cfg.default_hooks.values() if hook]
     runner, witness = train(cfg, folder)
     rows = log_rows(runner)
     losses = [row['loss'] for row in rows if 'loss' in row]
@@ -281,9 +281,9 @@ def test_only_backbone_and_hooks_differ(name):
     base = get_config(runpy.run_path(str(MIX_IN / name))['_base_'])
     both = [without_scopes(cfg.to_dict()) for cfg in (load(name), base)]
     found = set(differences(*both))
-    assert {'custom_imports', 'custom_hooks'} <= found
+    assert {'custom_imports', 'default_hooks.divergence'} <= found
     follow = re.compile(
-        r'custom_(imports|hooks)'
+        r'custom_imports|default_hooks\.(sn|ec|stability|divergence|random_state)'
         r'|model\.(backbone\..*|neck|init_cfg|pretrained)'
         r'|model\.(decode|auxiliary)_head\.in_channels'
         r'|optim_wrapper\.paramwise_cfg\..*'
@@ -363,7 +363,8 @@ def test_stabilizer_without_a_state_matrix_says_so(tmp_path):
 def test_python_style_config_has_classes():
     """Its types are classes, and its bases' content is there."""
     cfg = load(PYTHON_STYLE)
-    assert cfg.custom_hooks[0].type is mmstabvim.SpectralNormalizationHook
+    hook = cfg.default_hooks.sn.type
+    assert hook is mmstabvim.SpectralNormalizationHook
     assert cfg.optim_wrapper.paramwise_cfg.flat_decay_mult == 0.0
 
 

@@ -18,6 +18,8 @@ from mmengine.runner import Runner
 from mmengine.structures import PixelData
 
 import mmstabvim  # noqa: F401  lets mmseg be imported
+from mmstabvim.ablation.matrix import load_matrix
+from mmstabvim.engine.launch import read_settings
 from mmstabvim.layers.state_matrix import state_matrices
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ FOLDER = ROOT / 'configs/upernet'
 ALL = sorted(path.name for path in FOLDER.glob('*.py'))
 NAME = re.compile(
     r'vim-(?P<size>nano|micro|tiny|small|base)-p(?P<patch>\d+)_upernet'
-    r'_(?P<gpus>\d+)xb(?P<batch>\d+)(?P<amp>-amp)?'
+    r'_(?P<gpus>\d+)xb(?P<batch>\d+)'
     r'-(?P<iters>\d+)k(-(?P<recipe>official))?'
     r'_(?P<data>ade20k|cityscapes|camvid|digit-scenes)'
     r'-(?P<height>\d+)x(?P<width>\d+)\.py'
@@ -134,25 +136,24 @@ def fake_sample(num_classes, height=32, width=64, ignored=4):
 
 
 def test_every_config_is_there():
-    """Tiny, small and base; both schedules; mixed precision."""
+    """Tiny, small and base; both schedules."""
     said = [parse(name) for name in ALL]
     ade20k = {
-        (s['size'], s['iters'], bool(s['amp']), s['recipe'])
+        (s['size'], s['iters'], s['recipe'])
         for s in said
         if s['data'] == 'ade20k'
     }
     for size in ('tiny', 'small', 'base'):
-        assert (size, 60_000, False, None) in ade20k
-        assert (size, 160_000, False, None) in ade20k
-        assert (size, 60_000, True, None) in ade20k
+        assert (size, 60_000, None) in ade20k
+        assert (size, 160_000, None) in ade20k
     for size in FEATURES:
-        assert (size, 60_000, False, 'official') in ade20k
+        assert (size, 60_000, 'official') in ade20k
     assert {s['data'] for s in said} == set(DATA)
 
 
 @pytest.mark.parametrize('name', ALL)
 def test_name_tells_the_content(name):
-    """Model, patches, batch, length, precision, recipe, data and crop."""
+    """Model, patches, batch, length, recipe, data and crop."""
     cfg, said = load(name), parse(name)
     backbone = cfg.model.backbone
     width = WIDTHS[said['size']]
@@ -165,8 +166,7 @@ def test_name_tells_the_content(name):
     assert cfg.train_dataloader.batch_size == said['batch']
     assert cfg.auto_scale_lr.base_batch_size == said['gpus'] * said['batch']
     assert cfg.train_cfg.max_iters == said['iters']
-    amp = cfg.optim_wrapper.type == 'AmpOptimWrapper'
-    assert amp == bool(said['amp'])
+    assert cfg.optim_wrapper.type == 'OptimWrapper'  # full precision
     feature = FEATURES[said['size']] if said['recipe'] else ('normed', 'none')
     assert feature == (
         backbone.get('feature', 'normed'),
@@ -436,18 +436,6 @@ def test_time_augmentation(name, tmp_path):
     assert merged.gt_sem_seg.data.shape == (1, 25, 51)
 
 
-@pytest.mark.parametrize('name', [n for n in ALL if '-amp-' in n])
-def test_mixed_precision_changes_the_wrapper_only(name):
-    """The same recipe in bfloat16, without loss scaling."""
-    amp, plain = load(name).to_dict(), load(name.replace('-amp', '')).to_dict()
-    wrapper = amp['optim_wrapper']
-    assert wrapper.pop('dtype') == 'bfloat16'
-    assert wrapper.pop('loss_scale') == 1.0
-    assert wrapper.pop('type') == 'AmpOptimWrapper'
-    assert plain['optim_wrapper'].pop('type') == 'OptimWrapper'
-    assert amp == plain
-
-
 @pytest.mark.parametrize('size', list(FEATURES))
 def test_official_differs_only_as_it_says(size):
     """In the feature and in the groups of the optimizer."""
@@ -489,11 +477,11 @@ def expand(pattern):
 
 
 def test_page_lists_every_config():
-    """In the table of docs/segmentation.md, the -amp variants below it."""
+    """In the table of docs/segmentation.md."""
     page = (ROOT / 'docs/segmentation.md').read_text()
     patterns = re.findall(r'^\| `(vim-\S+\.py)` \|', page, re.MULTILINE)
     listed = [name for pattern in patterns for name in expand(pattern)]
-    assert sorted(listed) == [name for name in ALL if '-amp-' not in name]
+    assert sorted(listed) == ALL
 
 
 def tiny_run(cfg, work_dir):
@@ -528,8 +516,11 @@ def make_ade20k(root):
 def test_trains_on_ade20k_folders(tmp_path):
     """A real run in bfloat16: check of the data, groups, slide test, best."""
     make_ade20k(tmp_path / 'ade')
-    name = 'vim-tiny-p16_upernet_8xb4-amp-60k_ade20k-512x512.py'
+    name = 'vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py'
     cfg = tiny_run(load(name), tmp_path / 'work')
+    cfg.optim_wrapper.update(
+        type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0
+    )
     for part in ('train', 'val', 'test'):
         dataset = cfg[f'{part}_dataloader'].dataset
         dataset.data_root = str(tmp_path / 'ade')
@@ -551,14 +542,20 @@ def test_trains_on_ade20k_folders(tmp_path):
     assert math.isfinite(metrics['train/decode.loss_ce'].current())
 
 
-@pytest.mark.parametrize('matrix', ['negexp', 'signed', 'full'])
+@pytest.mark.parametrize('matrix', ['neg_exp', 'signed', 'full'])
 def test_ablation_trains(matrix, tmp_path):
     """All stabilizers at once on each kind of state matrix."""
-    (path,) = (ROOT / 'configs/ablation/digit_scenes').glob(
-        f'*-{matrix}-all_*'
+    (cell,) = (
+        cell
+        for cell in load_matrix(
+            ROOT / 'configs/ablation/digit_scenes.py'
+        ).cells
+        if cell.labels == dict(matrix=matrix, stabilizers='all')
     )
-    cfg = tiny_run(Config.fromfile(path), tmp_path / 'work')
-    cfg.custom_hooks[1].eps = 0.5  # normalization alone leaves slower modes
+    cfg = read_settings(cell.config, cell.options)
+    cfg = tiny_run(cfg, tmp_path / 'work')
+    # normalization alone leaves slower modes
+    cfg.default_hooks.ec.eps = 0.5
     for part in ('train', 'val', 'test'):
         cfg[f'{part}_dataloader'].dataset.indices = 4
     runner = Runner.from_cfg(cfg)

@@ -1,6 +1,5 @@
-"""Configs that bound weights or start state matrices elsewhere."""
+"""Matrices that bound weights or initialize state matrices otherwise."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,71 +8,76 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmstabvim.ablation.matrix import load_matrix
+from mmstabvim.engine.launch import read_settings
 from mmstabvim.layers.state_matrix import INITS, state_matrices
 
 CONFIG_ROOT = Path(__file__).parents[1] / 'configs'
-DATASETS = ('digits', 'cifar10_subset', 'cifar10', 'in1k')
-NORM = 'mmstabvim.WeightSpectralNormHook'
-RANK = 'mmstabvim.StableRankHook'
-RULES = {'weight-sn': [NORM], 'srn': [RANK], 'weight-sn-srn': [NORM, RANK]}
+RULES = {
+    'weight_sn': ['weight_sn'],
+    'srn': ['srn'],
+    'weight_sn_srn': ['weight_sn', 'srn'],
+}
 # those that differ from what a full matrix starts with anyway
-STARTS = [init.replace('_', '-') for init in INITS if init != 's4d_real']
+STARTS = [init for init in INITS if init != 's4d_real']
+# matrix file and what its label of the data says
+DATASETS = {
+    'digits': ('spectra', 'digits'),
+    'cifar10_subset': ('spectra', 'CIFAR-10 subset'),
+    'cifar10': ('cifar10', None),
+    'in1k': ('in1k', None),
+}
 
 
-def find(dataset, variant):
-    """The one config of a dataset that its name says to be so."""
-    (path,) = (
-        path
-        for path in (CONFIG_ROOT / 'ablation' / dataset).glob('*.py')
-        if re.search(rf'\d(e|xb128)-{variant}_', path.stem)
-    )
-    return path
+@pytest.fixture(scope='module', params=DATASETS)
+def variants(request):
+    """Resolved config of each variant of one dataset, the first seed's."""
+    matrix, data = DATASETS[request.param]
+    found = {}
+    for cell in load_matrix(CONFIG_ROOT / f'ablation/{matrix}.py').cells:
+        labels = dict(cell.labels)
+        if cell.seed == 0 and labels.pop('data', None) == data:
+            chosen = {*labels.values()} - {'none', 's4d_real', 'plain'}
+            key = ' '.join(v for v in labels.values() if v in chosen)
+            found[key] = read_settings(cell.config, cell.options)
+    return found
 
 
-def base_of(path, variant):
-    """The config of the same name without the variant."""
-    name = path.name.replace(f'-{variant}', '')
-    folders = (path.parent, CONFIG_ROOT / 'vim')
-    (base,) = [f / name for f in folders if (f / name).exists()]
-    return Config.fromfile(base)
+def without_hooks(cfg):
+    """A config's settings, but for hooks that the matrix adds or removes."""
+    settings = cfg.to_dict()
+    for key in ('sn', 'ec', 'sp', 'weight_sn', 'srn'):
+        settings['default_hooks'].pop(key, None)
+    return settings
 
 
-@pytest.mark.parametrize('dataset', DATASETS)
-@pytest.mark.parametrize('variant', RULES)
-def test_rules_on_weights(dataset, variant):
+def test_rules_on_weights(variants):
     """The recipe and the hooks of the name, as in the fragments."""
-    path = find(dataset, variant)
-    cfg = Config.fromfile(path)
-    hooks = cfg.pop('custom_hooks')
-    assert [hook.type for hook in hooks] == RULES[variant]
-    alone = [
-        Config.fromfile(
-            CONFIG_ROOT / f'_base_/stabilizers/{fragment}.py'
-        ).custom_hooks[0]
-        for fragment in ('weight_sn', 'srn')
-    ]
-    assert all(hook in alone for hook in hooks)
-    assert cfg.to_dict() == base_of(path, variant).to_dict()
+    plain = without_hooks(variants['neg_exp'])
+    for variant, keys in RULES.items():
+        cfg = variants[f'neg_exp {variant}']
+        hooks = cfg.default_hooks
+        assert [key for key in ('weight_sn', 'srn') if key in hooks] == keys
+        for key in keys:
+            path = CONFIG_ROOT / f'_base_/stabilizers/{key}.py'
+            assert hooks[key] == Config.fromfile(path).default_hooks[key]
+        assert without_hooks(cfg) == plain
 
 
-@pytest.mark.parametrize('dataset', DATASETS)
-@pytest.mark.parametrize('variant', STARTS)
-def test_starts_of_state_matrices(dataset, variant):
+def test_initializations_of_state_matrices(variants):
     """Those of the full matrices without stabilizers, but for ``init``."""
-    path = find(dataset, f'full-{variant}')
-    cfg = Config.fromfile(path)
-    init = cfg.model.backbone.state_matrix.pop('init')
-    assert init.replace('_', '-') == variant
-    plain = Config.fromfile(find(dataset, 'full-none'))
-    assert cfg.to_dict() == plain.to_dict()
+    plain = without_hooks(variants['full'])
+    for init in STARTS:
+        settings = without_hooks(variants[f'full {init}'])
+        backbone = settings['model']['backbone']
+        assert backbone['state_matrix'].pop('init') == init
+        assert settings == plain
 
 
-@pytest.mark.parametrize('dataset', DATASETS)
-def test_the_models_start_as_their_names_say(dataset):
+def test_the_models_start_as_their_names_say(variants):
     """With the states of the recipe; all are stable and differ."""
     seen, norms = {}, {}
-    for variant in ('none', *STARTS):
-        cfg = Config.fromfile(find(dataset, f'full-{variant}'))
+    for variant in ('', *STARTS):
+        cfg = variants[f'full {variant}'.strip()]
         backbone = cfg.model.backbone.to_dict()
         if isinstance(backbone['arch'], dict):
             backbone['arch']['num_layers'] = 1
@@ -84,15 +88,15 @@ def test_the_models_start_as_their_names_say(dataset):
         seen[variant] = first.eigenvalues().detach()[0]
         dense = first.dense().detach()[0]
         norms[variant] = torch.linalg.matrix_norm(dense, 2).item()
-    states = len(seen['none'])
-    assert states == (8 if 'nano' in find(dataset, 'srn').stem else 16)
+    states = len(seen[''])
+    assert states == backbone['arch'].get('d_state', 16)
     for values in seen.values():
         assert len(values) == states
         assert values.real.max() < -0.01
     whole = -torch.arange(1.0, states + 1)
-    reals = seen['none'].real.sort(descending=True).values
+    reals = seen[''].real.sort(descending=True).values
     torch.testing.assert_close(reals, whole, rtol=1e-4, atol=0)
-    for variant in ('s4d-lin', 's4d-inv', 's4d-legs'):
+    for variant in ('s4d_lin', 's4d_inv', 's4d_legs'):
         half = torch.full((states,), -0.5)
         torch.testing.assert_close(seen[variant].real, half)
     # HiPPO has the eigenvalues of s4d_real, and is far from normal
@@ -103,19 +107,13 @@ def test_the_models_start_as_their_names_say(dataset):
 
 
 def test_the_matrix_of_all():
-    """30 trainings on digits, each compared with the plain one."""
+    """30 trainings of each data set, each compared with the plain one."""
     found = load_matrix(CONFIG_ROOT / 'ablation/spectra.py')
     assert found.orders == dict(
+        data=['digits', 'CIFAR-10 subset'],
         matrix=['neg_exp', 'full'],
         variant=['plain', *RULES, *STARTS],
     )
     assert found.baseline == dict(variant='plain')
-    assert len(found.cells) == 3 * (1 + len(RULES) + 1 + len(STARTS))
-    for cell in found.cells:
-        matrix, variant = cell.labels.values()
-        prefix = '' if matrix == 'neg_exp' else 'full-'
-        if variant == 'plain':
-            variant = 'none' if prefix else ''
-        name = f'vim-nano-p4_1xb64-20e-{prefix}{variant}_digits.py'
-        assert Path(cell.config).name == name.replace('-_', '_')
-        assert cell.epochs == 10
+    assert len(found.cells) == 2 * 3 * (1 + len(RULES) + 1 + len(STARTS))
+    assert {cell.epochs for cell in found.cells} == {10}

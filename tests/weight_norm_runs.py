@@ -130,7 +130,17 @@ def average_of(runner):
 
 
 def gains_of(model):
+    """Gains of each layer, a number or (directions,)."""
     return {
         name: layer.parametrizations.weight[1].gain
         for name, layer in find_layers(model, ALL).items()
+    }
+
+
+def numbers_of(gains):
+    """One number for each layer and direction, by its name."""
+    return {
+        name if gain.dim() == 0 else f'{name}.{k}': value
+        for name, gain in gains.items()
+        for k, value in enumerate(gain.reshape(-1).tolist())
     }

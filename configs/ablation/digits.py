@@ -5,7 +5,7 @@
 title = 'Stabilizers on handwritten digits'
 notes = [
     'Clamping in place leaves nothing for a penalty with a larger threshold '
-    'to do: ec-sp is ec, unless both act in the forward pass (reparam).',
+    'to do: ec_sp is ec, unless both act in the forward pass (reparam).',
     'On neg_exp the penalty is always zero.',
     'In "full, reparam" none and sp are those of "full", trained again.',
 ]
@@ -20,24 +20,40 @@ cfg_options = {  # half the demo's epochs
     'default_hooks.stability.interval': 20,
 }
 
-_combinations = ['none', 'sn', 'ec', 'sp', 'sn-ec', 'sn-sp', 'ec-sp', 'all']
-_config = 'digits/vim-nano-p4_1xb64-20e-{}-{}_digits.py'
-# how many stabilizers project: they come first among a config's hooks
-_projecting = [0, 1, 1, 0, 2, 1, 1, 2]  # of _combinations
+_matrices = {
+    'neg_exp': {},
+    'signed': {'model.backbone.state_matrix.type': 'signed'},
+    'full': {
+        'model.backbone.state_matrix.type': 'full',
+        'model.backbone.state_matrix.groups': 4,
+    },
+}
+_stabilizers = {
+    name: f'../_base_/stabilizers/{name}.py'
+    for name in ('none', 'sn', 'ec', 'sp', 'sn_ec', 'sn_sp', 'ec_sp', 'all')
+}
+# those that project, here in the forward pass
+_reparam = {
+    name: [
+        fragment,
+        {
+            f'default_hooks.{key}.mode': 'reparam'
+            for key in ('sn', 'ec')
+            if key in name.split('_') or name == 'all'
+        },
+    ]
+    for name, fragment in _stabilizers.items()
+}
 
 groups = [
     dict(
-        configs=_config.format(_matrix.replace('_', ''), '{stabilizers}'),
-        labels=dict(matrix=_matrix, stabilizers=_combinations),
-    )
-    for _matrix in ('neg_exp', 'signed', 'full')
-] + [
+        configs='../vim/vim-nano-p4_1xb64-20e_digits.py',
+        labels=dict(matrix=_matrices, stabilizers=_stabilizers),
+    ),
     dict(
-        configs=_config.format('full', _combination),
-        labels=dict(matrix='full, reparam', stabilizers=_combination),
-        cfg_options={
-            f'custom_hooks.{_i}.mode': 'reparam' for _i in range(_count)
-        },
-    )
-    for _combination, _count in zip(_combinations, _projecting, strict=True)
+        configs='../vim/vim-nano-p4_1xb64-20e_digits.py',
+        labels=dict(
+            matrix={'full, reparam': _matrices['full']}, stabilizers=_reparam
+        ),
+    ),
 ]

@@ -10,32 +10,27 @@ metric = 'accuracy/top1'
 baseline = dict(regularizer='plain')
 seeds = [0, 1, 2]
 
-_regularizers = ['jacobian', 'spectral-constraint', 'entropy']
-_digits = {  # half the demo's epochs
-    'train_cfg.max_epochs': 10,
-    'train_cfg.val_interval': 10,
-    'default_hooks.checkpoint.interval': 10,
-    'default_hooks.checkpoint.max_keep_ckpts': 1,
+_regularizers = {
+    'plain': {},
+    **{
+        name: f'../_base_/regularizers/{name}.py'
+        for name in ('jacobian', 'spectral_constraint', 'entropy')
+    },
 }
 
 groups = [
     dict(
         configs='../vim/vim-nano-p4_1xb64-20e_digits.py',
-        labels=dict(data='digits', regularizer='plain'),
-        cfg_options=_digits,
-    ),
-    dict(
-        configs='digits/vim-nano-p4_1xb64-20e-{regularizer}_digits.py',
         labels=dict(data='digits', regularizer=_regularizers),
-        cfg_options=_digits,
+        cfg_options={  # half the demo's epochs
+            'train_cfg.max_epochs': 10,
+            'train_cfg.val_interval': 10,
+            'default_hooks.checkpoint.interval': 10,
+            'default_hooks.checkpoint.max_keep_ckpts': 1,
+        },
     ),
     dict(
-        configs='cifar10_subset/vim-nano-p4_1xb64-10e_cifar10-subset.py',
-        labels=dict(data='cifar10-subset', regularizer='plain'),
-    ),
-    dict(
-        configs='cifar10_subset/'
-        'vim-nano-p4_1xb64-10e-{regularizer}_cifar10-subset.py',
+        configs='../vim/vim-nano-p4_1xb64-10e_cifar10-subset.py',
         labels=dict(data='cifar10-subset', regularizer=_regularizers),
     ),
 ]

@@ -20,17 +20,22 @@ cfg_options = {
     'default_hooks.checkpoint.max_keep_ckpts': 1,
 }
 
-_init = 'model.backbone.state_matrix.init'
-_inits = {name: {_init: name} for name in ('s4d_real', 's4d_legs', 'ptd')}
+_inits = {
+    name: {
+        'model.backbone.state_matrix.type': 'full',
+        'model.backbone.state_matrix.groups': 4,
+        'model.backbone.state_matrix.init': name,
+    }
+    for name in ('s4d_real', 's4d_legs', 'ptd')
+}
 
 groups = [
     dict(
-        configs='digits/vim-nano-p4_1xb64-20e-full-none_digits.py',
+        configs='../vim/vim-nano-p4_1xb64-20e_digits.py',
         labels=dict(data='digits', init=_inits),
     ),
     dict(
-        configs='cifar10_subset/'
-        'vim-nano-p4_1xb64-10e-full-none_cifar10-subset.py',
+        configs='../vim/vim-nano-p4_1xb64-10e_cifar10-subset.py',
         labels=dict(data='CIFAR-10 subset', init=_inits),
     ),
 ]

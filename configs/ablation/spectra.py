@@ -1,40 +1,54 @@
 # `python tools/ablation.py run configs/ablation/spectra.py --jobs 2`: bounds
-# on the spectra of weights, and where state matrices start, on handwritten
-# digits; three seeds.
-title = 'Spectra of weights, and starts of state matrices'
+# on the spectra of weights, and initializations of state matrices, on
+# handwritten digits and on a subset of CIFAR-10; three seeds.
+title = 'Spectra of weights, and initializations of state matrices'
 notes = [
-    'weight-sn bounds the spectral norm of each layer, srn its stable rank.',
-    'On neg_exp the weights are bounded; on full the state matrices start '
-    'elsewhere, and plain is s4d_real.',
+    'weight_sn bounds the spectral norm of each layer, srn its stable rank.',
+    'On neg_exp the weights are bounded; on full the initialization of the '
+    'state matrices differs, and plain is s4d_real.',
 ]
 metric = 'accuracy/top1'
 baseline = dict(variant='plain')
 seeds = [0, 1, 2]
-cfg_options = {  # half the demo's epochs
+cfg_options = {  # half the epochs of the digits demo
     'train_cfg.max_epochs': 10,
     'train_cfg.val_interval': 10,
     'default_hooks.checkpoint.interval': 10,
     'default_hooks.checkpoint.max_keep_ckpts': 1,
 }
 
-_rules = ['weight-sn', 'srn', 'weight-sn-srn']
-_inits = ['s4d-lin', 's4d-inv', 's4d-legs', 'hippo', 'ptd']
+_configs = {
+    'digits': '../vim/vim-nano-p4_1xb64-20e_digits.py',
+    'CIFAR-10 subset': '../vim/vim-nano-p4_1xb64-10e_cifar10-subset.py',
+}
+_full = {
+    'model.backbone.state_matrix.type': 'full',
+    'model.backbone.state_matrix.groups': 4,
+}
+_weight_sn = '../_base_/stabilizers/weight_sn.py'
+_srn = '../_base_/stabilizers/srn.py'
+_rules = {
+    'plain': {},
+    'weight_sn': _weight_sn,
+    'srn': _srn,
+    'weight_sn_srn': [_weight_sn, _srn],
+}
+_inits = {
+    'plain': {},
+    **{
+        name: {'model.backbone.state_matrix.init': name}
+        for name in ('s4d_lin', 's4d_inv', 's4d_legs', 'hippo', 'ptd')
+    },
+}
 
 groups = [
     dict(
-        configs='../vim/vim-nano-p4_1xb64-20e_digits.py',
-        labels=dict(matrix='neg_exp', variant='plain'),
-    ),
-    dict(
-        configs='digits/vim-nano-p4_1xb64-20e-{variant}_digits.py',
-        labels=dict(matrix='neg_exp', variant=_rules),
-    ),
-    dict(
-        configs='digits/vim-nano-p4_1xb64-20e-full-none_digits.py',
-        labels=dict(matrix='full', variant='plain'),
-    ),
-    dict(
-        configs='digits/vim-nano-p4_1xb64-20e-full-{variant}_digits.py',
-        labels=dict(matrix='full', variant=_inits),
-    ),
+        configs=_config,
+        labels=dict(data=_data, matrix=_matrix, variant=_variants),
+    )
+    for _data, _config in _configs.items()
+    for _matrix, _variants in (
+        ('neg_exp', _rules),
+        ({'full': _full}, _inits),
+    )
 ]

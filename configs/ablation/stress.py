@@ -23,13 +23,21 @@ cfg_options = {
     'default_hooks.divergence.spike_factor': None,
 }
 
+_matrices = {
+    'signed': {'model.backbone.state_matrix.type': 'signed'},
+    'full': {
+        'model.backbone.state_matrix.type': 'full',
+        'model.backbone.state_matrix.groups': 4,
+    },
+}
+_stabilizers = {
+    name: f'../_base_/stabilizers/{name}.py'
+    for name in ('none', 'sn', 'ec', 'sp', 'all')
+}
+
 groups = [
     dict(
-        configs=f'digits/vim-nano-p4_1xb64-20e-{_matrix}-{{stabilizers}}'
-        '_digits.py',
-        labels=dict(
-            matrix=_matrix, stabilizers=['none', 'sn', 'ec', 'sp', 'all']
-        ),
-    )
-    for _matrix in ('signed', 'full')
+        configs='../vim/vim-nano-p4_1xb64-20e_digits.py',
+        labels=dict(matrix=_matrices, stabilizers=_stabilizers),
+    ),
 ]

@@ -6,8 +6,8 @@ _base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'
 
 custom_imports = dict(imports=['mmstabvim'], allow_failed_imports=False)
 
-custom_hooks = [
-    dict(type='mmstabvim.DivergenceHook', action='rollback'),
-    dict(type='mmstabvim.StabilityMonitorHook', interval=100),
-    dict(type='mmstabvim.RandomStateHook'),
-]
+default_hooks = dict(
+    divergence=dict(type='mmstabvim.DivergenceHook', action='rollback'),
+    stability=dict(type='mmstabvim.StabilityMonitorHook', interval=100),
+    random_state=dict(type='mmstabvim.RandomStateHook'),
+)

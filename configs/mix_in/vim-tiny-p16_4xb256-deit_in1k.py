@@ -23,8 +23,8 @@ optim_wrapper = dict(
     ),
 )
 
-custom_hooks = [
-    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
-    dict(type='mmstabvim.StabilityMonitorHook', interval=100),
-    dict(type='mmstabvim.DivergenceHook'),
-]
+default_hooks = dict(
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+    stability=dict(type='mmstabvim.StabilityMonitorHook', interval=100),
+    divergence=dict(type='mmstabvim.DivergenceHook'),
+)

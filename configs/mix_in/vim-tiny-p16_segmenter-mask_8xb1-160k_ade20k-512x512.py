@@ -17,7 +17,7 @@ model = dict(
     ),
 )
 
-custom_hooks = [
-    dict(type='mmstabvim.StabilityMonitorHook', interval=100),
-    dict(type='mmstabvim.DivergenceHook'),
-]
+default_hooks = dict(
+    stability=dict(type='mmstabvim.StabilityMonitorHook', interval=100),
+    divergence=dict(type='mmstabvim.DivergenceHook'),
+)

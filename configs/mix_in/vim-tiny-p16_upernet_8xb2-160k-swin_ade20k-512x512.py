@@ -41,10 +41,10 @@ optim_wrapper = dict(
     ),
 )
 
-custom_hooks = [
+default_hooks = dict(
     # no faster than the radius that each matrix starts with
-    dict(type='mmstabvim.SpectralNormalizationHook', rho_max='init'),
-    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
-    dict(type='mmstabvim.StabilityMonitorHook', interval=100),
-    dict(type='mmstabvim.DivergenceHook'),
-]
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max='init'),
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+    stability=dict(type='mmstabvim.StabilityMonitorHook', interval=100),
+    divergence=dict(type='mmstabvim.DivergenceHook'),
+)

@@ -4,7 +4,7 @@ Bases are Python imports, relative ones as nothing else is found in every kind
 of installation, and types are the classes themselves.
 """
 
-# ruff: noqa: F403
+# ruff: noqa: F403, F405
 from mmengine.config import read_base
 from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
 from torch.optim import AdamW
@@ -24,11 +24,13 @@ with read_base():
 # full matrices, on which every stabilizer can act
 model.merge(dict(backbone=dict(state_matrix=dict(type='full', groups=4))))
 
-custom_hooks = [
-    dict(type=SpectralNormalizationHook, rho_max=1.0),
-    dict(type=EigenvalueClampingHook, eps=0.01),
-    dict(type=StabilityLossHook, eps=0.01, reduction='mean'),
-]
+default_hooks.merge(
+    dict(
+        sn=dict(type=SpectralNormalizationHook, rho_max=1.0),
+        ec=dict(type=EigenvalueClampingHook, eps=0.01),
+        sp=dict(type=StabilityLossHook, eps=0.01, reduction='mean'),
+    )
+)
 
 optim_wrapper.merge(
     dict(

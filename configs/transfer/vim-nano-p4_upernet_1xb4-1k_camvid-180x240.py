@@ -1,7 +1,6 @@
 # CamVid at half its size on a CPU: half an hour of one core or less. The
-# backbone is that of
-# `ablation/cifar10_subset/vim-nano-p4_1xb64-10e-full-none_cifar10-subset.py`,
-# from whose checkpoints it can start:
+# backbone is that of `ablation/cifar10_subset.py`, from whose checkpoints it
+# can start:
 # `--cfg-options model.backbone.init_cfg.type=Pretrained
 # model.backbone.init_cfg.prefix=backbone.
 # model.backbone.init_cfg.checkpoint=CHECKPOINT`

@@ -1,6 +1,6 @@
 # CamVid on a CPU, in an hour and a half on one core: 2.4 s of its time for
 # an iteration. The backbone is that of
-# `ablation/cifar10_subset/vim-nano-p4_1xb64-10e_cifar10-subset.py`, whose
+# `vim/vim-nano-p4_1xb64-10e_cifar10-subset.py`, whose
 # checkpoints it can start from (docs/segmentation.md). Accuracy not measured.
 _base_ = [
     '../_base_/models/upernet_vim_nano_p4.py',

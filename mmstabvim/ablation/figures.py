@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from mmstabvim import visualization
 from mmstabvim.ablation import results, statistics
 from mmstabvim.ablation.layout import Layout, Picture, Rows, make_layout
 from mmstabvim.ablation.results import Result, Study
-from mmstabvim.ablation.statistics import Combination
+from mmstabvim.ablation.statistics import Combination, known
 from mmstabvim.visualization import spectra, style
 from mmstabvim.visualization.curves import Quantity
 
@@ -27,7 +28,8 @@ def make_pictures(
 
     Args:
         study (Study): Finished or not.
-        combinations (Sequence[Combination]): Of ``statistics.combine``.
+        combinations (Sequence[Combination]): Result of
+            ``statistics.combine``.
 
     Yields:
         Picture: One after the other, in the order of the report.
@@ -57,13 +59,20 @@ def _score_pictures(
                         seed=cell.seed,
                         value=value,
                         mean=c.metric.mean,
-                        std=_known(c.metric.std),
+                        std=known(c.metric.std),
                         n=c.metric.n,
                         note='',
                     )
                 )
         if not c.metric.n:
-            rows.append(_no_score(c, layout))
+            rows.append(
+                dict(
+                    facet=layout.facet(c),
+                    series=layout.name(c),
+                    n=0,
+                    note='diverged' if c.rate.count else 'no result',
+                )
+            )
     if any(row['n'] for row in rows):
         figure = visualization.score_figure(
             rows,
@@ -93,8 +102,8 @@ def _rate_pictures(
             facet=layout.facet(c, without='lr'),
             series=layout.name(c),
             lr=c.cells[0].lr_used,
-            mean=_known(c.metric.mean),
-            std=_known(c.metric.std),
+            mean=known(c.metric.mean),
+            std=known(c.metric.std),
             n=c.metric.n,
             diverged=c.rate.count,
         )
@@ -129,21 +138,11 @@ def _rate_pictures(
         )
 
 
-def _no_score(c: Combination, layout: Layout) -> dict[str, Any]:
-    """What stands where a combination has no score."""
-    return dict(
-        facet=layout.facet(c),
-        series=layout.name(c),
-        n=0,
-        note='diverged' if c.rate.count else 'no result',
-    )
-
-
 def metric_text(name: str) -> str:
     """Label of a metric on an axis.
 
     Args:
-        name (str): As the evaluators of MMPretrain and MMSegmentation log it.
+        name (str): Logged by an evaluator of MMPretrain or MMSegmentation.
 
     Returns:
         str: With its unit where that is known.
@@ -156,10 +155,6 @@ def metric_text(name: str) -> str:
         'aAcc': 'pixel accuracy (%)',
     }
     return known.get(name, name)
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _ladder_pictures(
@@ -179,7 +174,7 @@ def _ladder_pictures(
                     n=c.rate.n,
                     planned=len(c.cells),
                     rate=c.rate.count / c.rate.n if c.rate.n else None,
-                    mean=_known(c.metric.mean),
+                    mean=known(c.metric.mean),
                 )
             )
     if len({row['lr'] for row in rows}) > 1:
@@ -195,20 +190,23 @@ def _ladder_pictures(
         )
 
 
-Read = Callable[[Result], tuple[Sequence[float], Sequence[float]]]
+Pairs = list[tuple[float, float]]  # of a step and a value
+Read = Callable[[Result], Pairs]
 
 
 def _curve_pictures(
     study: Study, combinations: Sequence[Combination], layout: Layout
 ) -> Iterator[Picture]:
-    def validation(cell: Result) -> tuple[list[float], list[float]]:
+    def validation(cell: Result) -> Pairs:
         lines = zip(cell.curves.val, cell.curves.metrics(), strict=True)
-        pairs = [
+        return [
             (float(line['step']), metrics[study.metric])
             for line, metrics in lines
             if study.metric in metrics
         ]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def training(name: str) -> Read:
+        return lambda cell: [*zip(*cell.curves.series(name), strict=True)]
 
     by_epoch = any(
         cell.record.get('epochs') for c in combinations for cell in c.cells
@@ -222,11 +220,11 @@ def _curve_pictures(
     quantities: list[tuple[Quantity, Read]] = [
         (
             Quantity('loss by training iteration', 'training loss'),
-            lambda cell: cell.curves.series('loss'),
+            training('loss'),
         ),
         (
             Quantity('gradient norm by training iteration', 'gradient norm'),
-            lambda cell: cell.curves.series('grad_norm'),
+            training('grad_norm'),
         ),
         (
             Quantity(f'{study.metric} by {unit}', metric_text(study.metric)),
@@ -247,17 +245,13 @@ def _stability_pictures(
     combinations: Sequence[Combination], layout: Layout
 ) -> Iterator[Picture]:
     def largest(key: str) -> Read:
-        def read(cell: Result) -> tuple[list[float], list[float]]:
-            pairs = [
-                (float(record['step']), max(values))
-                for record in cell.stability
-                # without state matrices the monitor records layers
-                if 'spectral_abscissa' in record
-                and (values := _finite(record.get(key)))
-            ]
-            return [step for step, _ in pairs], [value for _, value in pairs]
-
-        return read
+        return lambda cell: [
+            (float(record['step']), max(values))
+            for record in cell.stability
+            # without state matrices the monitor records layers
+            if 'spectral_abscissa' in record
+            and (values := _finite(record.get(key)))
+        ]
 
     quantities = [
         (
@@ -345,7 +339,7 @@ def _band(
     values: dict[float, list[float]] = {}
     ends: dict[float, int] = {}
     for cell in combination.cells:
-        pairs = _until_divergence(*read(cell))
+        pairs = [*takewhile(lambda pair: math.isfinite(pair[1]), read(cell))]
         for step, value in pairs:
             values.setdefault(step, []).append(value)
         if pairs and cell.status == results.DIVERGED:
@@ -363,18 +357,6 @@ def _band(
             high=max(values[step]),
             ended=ends.get(step, 0),
         )
-
-
-def _until_divergence(
-    steps: Sequence[float], values: Sequence[float]
-) -> list[tuple[float, float]]:
-    """Pairs before the first value that is not finite."""
-    pairs = []
-    for step, value in zip(steps, values, strict=True):
-        if not math.isfinite(value):
-            break
-        pairs.append((step, value))
-    return pairs
 
 
 def _facets(
@@ -495,10 +477,10 @@ def short_layer(name: str) -> str:
     """Number and direction of a layer.
 
     Args:
-        name (str): As ``backbone.layers.3.mixer.directions.1``.
+        name (str): For instance ``backbone.layers.3.mixer.directions.1``.
 
     Returns:
-        str: As ``3 bwd``; the name itself if it has no two numbers.
+        str: For instance ``3 bwd``; the name itself without two numbers.
     """
     numbers = re.findall(r'\.(\d+)(?=\.|$)', f'.{name}')
     if len(numbers) < 2 or int(numbers[-1]) > 1:

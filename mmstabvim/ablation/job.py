@@ -31,8 +31,8 @@ _PROGRESS = re.compile(
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """How trainings are run.
+class RunSettings:
+    """Folder and resources of trainings.
 
     Attributes:
         train (Path): ``tools/train.py``.
@@ -59,8 +59,8 @@ def make_settings(
     gpus: str = '',
     threads: int | None = None,
     timeout: float = 0.0,
-) -> Settings:
-    """Fill in what the command line leaves open.
+) -> RunSettings:
+    """Fill in settings that the command line leaves open.
 
     Args:
         train (Path): ``tools/train.py``.
@@ -70,10 +70,10 @@ def make_settings(
         gpus (str): Names of GPUs, separated by commas. Defaults to ''.
         threads (int | None): Threads of each training. Defaults to None, for
             ``OMP_NUM_THREADS`` or an equal share of the cores.
-        timeout (float): In seconds. Defaults to 0.0, for any.
+        timeout (float): Longest time in seconds. Defaults to 0.0, for any.
 
     Returns:
-        Settings: All of them.
+        RunSettings: Complete ones.
 
     Raises:
         ValueError: If a number is not positive.
@@ -89,7 +89,7 @@ def make_settings(
             raise ValueError(f'{name} must be at least 1, got {value}')
     if timeout < 0:
         raise ValueError(f'timeout must not be negative, got {timeout}')
-    return Settings(train, work_dir, jobs, names, threads, timeout)
+    return RunSettings(train, work_dir, jobs, names, threads, timeout)
 
 
 def training_command(cell: Cell, folder: Path, train: Path) -> list[str]:
@@ -97,7 +97,7 @@ def training_command(cell: Cell, folder: Path, train: Path) -> list[str]:
 
     Args:
         cell (Cell): The cell.
-        folder (Path): Its work dir.
+        folder (Path): Work dir of the cell.
         train (Path): ``tools/train.py``.
 
     Returns:
@@ -125,14 +125,14 @@ class Job:
     """A training that runs in a process group of its own.
 
     Args:
-        cell (Cell): What to train.
-        settings (Settings): How.
-        slot (int): Which of the jobs at once this is; it picks the GPU.
-        lock (int): From ``results.try_lock``; closed by :meth:`finish`.
+        cell (Cell): The training.
+        settings (RunSettings): Folder and resources.
+        slot (int): Number among the jobs at once; it picks the GPU.
+        lock (int): Result of ``results.try_lock``; :meth:`finish` closes it.
     """
 
     def __init__(
-        self, cell: Cell, settings: Settings, slot: int, lock: int
+        self, cell: Cell, settings: RunSettings, slot: int, lock: int
     ) -> None:
         self.cell, self.settings, self.slot = cell, settings, slot
         self.folder = settings.work_dir / results.CELLS / cell.name
@@ -143,7 +143,8 @@ class Job:
         self._ends_by = math.inf
         self._memory: float | None = None
         self._read: dict[Path, int] = {}  # bytes of each file
-        self._attempts = 1 + _attempts(self.folder)
+        before = results.read_json(self.folder / results.RECORD)
+        self._attempts = 1 + before.get('attempts', 0)
         self._command = training_command(cell, self.folder, settings.train)
         self._write({'status': results.RUNNING})
         self._process = self._start()
@@ -213,8 +214,8 @@ class Job:
         """Ask the training and its workers to end.
 
         Args:
-            status (str): What to record, unless it ended well before.
-            reason (str): Why. Defaults to ''.
+            status (str): Recorded unless it ended well before.
+            reason (str): Recorded with it. Defaults to ''.
         """
         if self.status is None:
             self.status, self.reason = status, reason
@@ -292,11 +293,6 @@ class Job:
         return record
 
 
-def _attempts(folder: Path) -> int:
-    """How often the cell was started before."""
-    return results.read_json(folder / results.RECORD).get('attempts', 0)
-
-
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
@@ -312,9 +308,9 @@ def judge(
 
     Args:
         folder (Path): Work dir of the training.
-        exit_code (int | None): Of its process.
-        since (float): When it was started, seconds since the epoch.
-        recovers (bool): Whether the hook rolls it back.
+        exit_code (int | None): Exit code of its process.
+        since (float): Time of its start, seconds since the epoch.
+        recovers (bool): True if the hook rolls it back.
 
     Returns:
         dict[str, Any]: Status, reason, metrics and first diverged step.
@@ -435,13 +431,13 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def write_skipped(cell: Cell, settings: Settings, reason: str) -> None:
+def write_skipped(cell: Cell, settings: RunSettings, reason: str) -> None:
     """Record that a cell cannot run on this machine.
 
     Args:
         cell (Cell): The cell.
-        settings (Settings): With the folder of the study.
-        reason (str): Why.
+        settings (RunSettings): Gives the folder of the study.
+        reason (str): Written into the record.
     """
     folder = settings.work_dir / results.CELLS / cell.name
     record = {

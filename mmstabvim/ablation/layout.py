@@ -1,4 +1,4 @@
-"""What a report compares, and in which panels."""
+"""Arrangement of combinations in the panels of a report's figures."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,7 +6,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mmstabvim.ablation import statistics
 from mmstabvim.ablation.results import Study
 from mmstabvim.ablation.statistics import Combination
 
@@ -34,12 +33,12 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What is compared inside a panel, and what has panels of its own.
+    """Labels that are compared inside a panel, and those with panels.
 
     Attributes:
         series (str): Label whose values are compared: that of the baseline,
             else the last one.
-        names (list[str]): Its values in their order.
+        names (list[str]): Values of that label in their order.
         panels (list[str]): The labels that vary besides, and
             ``'precision'`` and ``'lr'`` where they do.
     """
@@ -58,12 +57,12 @@ class Layout:
         )
 
     def name(self, combination: Combination) -> str:
-        """Which series a combination is."""
+        """Series that a combination belongs to."""
         return combination.labels.get(self.series, '')
 
 
 def facet_values(combination: Combination) -> dict[str, str]:
-    """Labels, precision and learning rate in one dict.
+    """Join labels, precision and learning rate in one dict.
 
     Args:
         combination (Combination): Any.
@@ -83,8 +82,8 @@ def make_layout(study: Study, combinations: Sequence[Combination]) -> Layout:
     """Choose what is compared inside the panels.
 
     Args:
-        study (Study): With labels and baseline.
-        combinations (Sequence[Combination]): All of the study.
+        study (Study): Gives labels and baseline.
+        combinations (Sequence[Combination]): The whole study.
 
     Returns:
         Layout: The same for all figures.
@@ -99,5 +98,4 @@ def make_layout(study: Study, combinations: Sequence[Combination]) -> Layout:
         for name, found in values.items()
         if name != series and len(found) > 1
     ]
-    names = statistics.ordered_values(study, series)
-    return Layout(series, names, panels)
+    return Layout(series, list(study.orders.get(series, [])), panels)

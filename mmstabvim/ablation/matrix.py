@@ -1,4 +1,4 @@
-"""Which trainings an ablation consists of: the matrix and its cells."""
+"""The matrix of trainings that an ablation consists of, and its cells."""
 
 import argparse
 import copy
@@ -16,7 +16,7 @@ from typing import Any
 
 from mmengine.config import Config, DictAction
 
-from mmstabvim.ablation.results import PRECISIONS
+from mmstabvim.ablation.results import PRECISIONS, extend_orders
 from mmstabvim.engine import launch
 
 _AXES = ('seeds', 'precisions', 'lrs')
@@ -33,6 +33,7 @@ _DEFAULTS: dict[str, Any] = dict(
     cfg_options={},
     groups=[],
 )
+_REPORTED = set(_DEFAULTS) - {*_AXES, 'cfg_options', 'groups'}
 _GROUP_KEYS = {'configs', 'labels', 'cfg_options', *_AXES}
 _LR = 'optim_wrapper.optimizer.lr'
 
@@ -42,7 +43,7 @@ class Cell:
     """One training: a config with its seed, precision and learning rate.
 
     Attributes:
-        labels (dict[str, str]): What distinguishes the config from others.
+        labels (dict[str, str]): Distinction of the config from others.
         config (str): Path of the config file.
         seed (int): Random seed.
         precision (str): ``'fp32'``, ``'bf16'`` or ``'fp16'``.
@@ -50,10 +51,10 @@ class Cell:
         lr_used (float | None): The learning rate that it trains with.
         options (dict[str, Any]): Changes to the config (``--cfg-options``),
             the learning rate among them.
-        config_hash (str): Of everything in the config that it trains with.
+        config_hash (str): Hash of the resolved config, seed and precision.
         on_divergence (str): Action of its ``DivergenceHook``, empty if it
             has none.
-        epochs (int | None): Its length, None if it counts iterations.
+        epochs (int | None): Length, None if it counts iterations.
     """
 
     labels: dict[str, str]
@@ -77,18 +78,18 @@ class Cell:
         return '.'.join(re.sub(r'[^\w+-]+', '-', part) for part in parts)
 
     def describe(self) -> dict[str, Any]:
-        """What a report needs to know of it, ready for JSON."""
+        """Collect the facts that a report needs, ready for JSON."""
         described = dataclasses.asdict(self)
         return {'cell': self.name, **described}
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """All cells of a study and how a report reads them.
+    """Cells of a study and settings of its report.
 
     Attributes:
         title (str): Heading of the report.
-        notes (list[str]): What a reader of the report should know.
+        notes (list[str]): Sentences for a reader of the report.
         metric (str): Name of the validation metric, higher is better.
         more_metrics (list[str]): Others for a table of their own, ``*``
             stands for anything.
@@ -111,13 +112,9 @@ class Matrix:
     cells: list[Cell]
 
     def describe(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        described = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-        }
-        described['cells'] = [cell.describe() for cell in self.cells]
-        return described
+        """Collect all fields, ready for JSON."""
+        cells = [cell.describe() for cell in self.cells]
+        return {**vars(self), 'cells': cells}
 
 
 def short_number(value: float) -> str:
@@ -149,7 +146,9 @@ def load_matrix(
     - one value, which all configs of the group share;
     - a list of values: the configs' path names it in braces, as in
       ``'digits_{stabilizer}.py'``, and each value has its file;
-    - a dict from value to changes of the config.
+    - a dict from value to changes of the config: a dict of ``cfg_options``,
+      the path of a config fragment relative to the file (as of
+      ``_base_/stabilizers/``), or a list of such, later ones winning.
 
     Args:
         path (str | Path): The matrix file.
@@ -172,21 +171,13 @@ def load_matrix(
     orders: dict[str, list[str]] = {}
     for group in settings['groups']:
         for labels, config, options in _configs(group, folder):
-            _extend_orders(orders, labels)
+            extend_orders(orders, labels)
             cells += _cells(labels, config, options, group)
     _check_cells(cells, settings['baseline'], orders)
     seeds = list(dict.fromkeys(cell.seed for cell in cells))
     cells.sort(key=lambda cell: seeds.index(cell.seed))
-    return Matrix(
-        settings['title'],
-        settings['notes'],
-        settings['metric'],
-        settings['more_metrics'],
-        settings['baseline'],
-        settings['collapse_below'],
-        orders,
-        cells,
-    )
+    shared = {name: settings[name] for name in _REPORTED}
+    return Matrix(**shared, orders=orders, cells=cells)
 
 
 def _settings(loaded: dict, overrides: dict) -> dict[str, Any]:
@@ -231,7 +222,7 @@ def _configs(
         patterns = [patterns]
     common, own, last = group['cfg_options']
     for pattern in patterns:
-        for values in _choices(pattern, group.get('labels', {})):
+        for values in _choices(pattern, group.get('labels', {}), folder):
             chosen = {name: str(v) for name, (v, _) in values.items()}
             paths = _find(folder, pattern.format(**chosen))
             options = {**common, **own}
@@ -244,9 +235,9 @@ def _configs(
 
 
 def _choices(
-    pattern: str, labels: Mapping[str, Any]
+    pattern: str, labels: Mapping[str, Any], folder: Path
 ) -> Iterator[dict[str, tuple[Any, dict[str, Any]]]]:
-    """Each combination: label to value and the changes it brings."""
+    """Combine the labels: each to one value and the changes it brings."""
     parsed = string.Formatter().parse(pattern)
     places = {name for _, name, _, _ in parsed if name is not None}
     if places - set(labels):
@@ -257,7 +248,7 @@ def _choices(
     axes = []
     for name, value in labels.items():
         if isinstance(value, Mapping):
-            axes.append([(v, dict(c or {})) for v, c in value.items()])
+            axes.append([(v, _changes(c, folder)) for v, c in value.items()])
             continue
         several = isinstance(value, Sequence) and not isinstance(value, str)
         if several and name not in places:
@@ -268,6 +259,28 @@ def _choices(
         axes.append([(v, {}) for v in (value if several else [value])])
     for values in itertools.product(*axes):
         yield dict(zip(labels, values, strict=True))
+
+
+def _changes(given: Any, folder: Path) -> dict[str, Any]:
+    """Write changes of a config as ``cfg_options``."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    if isinstance(given, str):
+        path = str(folder / given)
+        launch.check_file(path, 'config fragment')
+        fragment = Config.fromfile(path, import_custom_modules=False)
+        return dict(_flatten(fragment.to_dict()))
+    parts = [_changes(part, folder) for part in given or ()]
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _flatten(settings: Mapping, path: str = '') -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and value of each setting that is no dict."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f'{path}{name}.')
+        else:
+            yield f'{path}{name}', value
 
 
 def _find(folder: Path, pattern: str) -> list[str]:
@@ -284,13 +297,6 @@ def _relative(path: str) -> str:
     relative = os.path.relpath(path)
     outside = relative.startswith(os.pardir)
     return os.path.normpath(path) if outside else relative
-
-
-def _extend_orders(orders: dict, labels: dict[str, str]) -> None:
-    for name, value in labels.items():
-        values = orders.setdefault(name, [])
-        if value not in values:
-            values.append(value)
 
 
 def _cells(
@@ -395,7 +401,7 @@ def _check_optimizer(
 
 
 def _on_divergence(cfg: Config) -> str:
-    """What a hook of the config does about a divergence."""
+    """Find the action of the config's ``DivergenceHook``."""
     default = (cfg.get('default_hooks') or {}).values()
     for hook in (*(cfg.get('custom_hooks') or []), *default):
         if hook and launch.type_name(hook) == 'DivergenceHook':
@@ -404,7 +410,7 @@ def _on_divergence(cfg: Config) -> str:
 
 
 def _hash(cfg: Config, seed: int, precision: str) -> str:
-    """Of all that the results depend on, the work dir not among it."""
+    """Hash all that the results depend on; not the work dir."""
     content = cfg.to_dict()
     content.pop('work_dir', None)
     text = json.dumps([content, seed, precision], sort_keys=True, default=str)

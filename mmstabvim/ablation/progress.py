@@ -17,10 +17,9 @@ class Progress:
 
     Args:
         total (int): Number of cells.
-        done (int): How many have a result already.
+        done (int): Number of those that have a result already.
         jobs (int): Trainings at once.
-        console (Console | None): Where to write. Defaults to None, for
-            standard output.
+        console (Console | None): Defaults to None, for standard output.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Progress:
 
         Args:
             cell (Cell): The cell.
-            why (str): Why not.
+            why (str): The reason.
         """
         self.done += 1
         self.say(f'[{self.done}/{self.total}] {cell.name}: {why}')
@@ -89,7 +88,7 @@ class Progress:
 
         Args:
             job (Job): The training.
-            record (dict[str, Any]): What came out.
+            record (dict[str, Any]): Content of ``cell.json``.
         """
         name = job.cell.name
         self._bars.remove_task(self._tasks.pop(name))

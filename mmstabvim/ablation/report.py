@@ -1,5 +1,6 @@
 """Write what came out of a study: tables, figures, one page."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def write_report(work_dir: Path, out: Path) -> Path:
     """Write the report of a study, finished or not.
 
     Args:
-        work_dir (Path): Of ``ablation.py run``.
+        work_dir (Path): Folder that ``ablation.py run`` wrote.
         out (Path): Folder for ``report.md``, ``report.html``, ``tables/`` and
             ``figures/``; files of an earlier report there are replaced.
 
@@ -70,7 +71,7 @@ def _clear(out: Path) -> None:
 
 
 def describe_study(study: Study) -> dict[str, str]:
-    """What a reader must know to judge the numbers.
+    """Collect facts that a reader needs to judge the numbers.
 
     Args:
         study (Study): Finished or not.
@@ -98,11 +99,12 @@ def describe_study(study: Study) -> dict[str, str]:
 
 def _names_stabilizers(study: Study) -> bool:
     values = {v for found in study.orders.values() for v in found}
-    return 'none' in values and len(values & {*statistics.STABILIZERS}) > 1
+    parts = {part for v in values for part in re.split(r'[-_]', v)}
+    return 'none' in values and bool(parts & {'sn', 'ec', 'sp', 'all'})
 
 
 def _all_of(records: Sequence[dict], describe: Any) -> str:
-    """Every different description, the most frequent first."""
+    """Join the different descriptions, the most frequent first."""
     texts = [describe(record) for record in records]
     kinds = sorted(set(texts) - {''}, key=lambda t: -texts.count(t))
     return '; '.join(kinds)
@@ -142,8 +144,8 @@ def to_markdown(
     """Write the report as Markdown, figures as links.
 
     Args:
-        study (Study): With the title.
-        facts (dict[str, str]): Of :func:`describe_study`.
+        study (Study): Gives the title.
+        facts (dict[str, str]): Result of :func:`describe_study`.
         found (Sequence[Table]): The tables.
         pictures (Sequence[Picture]): The figures.
 

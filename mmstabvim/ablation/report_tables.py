@@ -1,14 +1,19 @@
-"""Tables of a report: which columns they have and how they are filled."""
+"""Tables of a report: their columns, and the text and numbers in them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from mmstabvim.ablation import results, statistics
 from mmstabvim.ablation.layout import facet_values
 from mmstabvim.ablation.results import Study
-from mmstabvim.ablation.statistics import Combination, Difference, Sample
+from mmstabvim.ablation.statistics import (
+    Combination,
+    Difference,
+    MeanStd,
+    known,
+)
 from mmstabvim.reporting.tables import Table
 
 DASH = '—'
@@ -22,16 +27,24 @@ _LADDER = (
     'none diverged{learns}. ≥: nothing larger was tried; <: already the '
     'smallest did; *: some seeds are missing.{warning}'
 )
+_DIFFERENCES = (
+    'Paired over the seeds that finished in both: mean difference in '
+    '{metric}, its 95 % confidence interval (Student), number of pairs, p, '
+    'and p corrected for {tests} comparison(s) (Holm). Diverged trainings '
+    'have no score: read it beside the divergence. An interval that holds 0 '
+    'is no evidence of an effect, nor of its absence.'
+)
 
 
 def make_tables(
     study: Study, combinations: Sequence[Combination]
 ) -> list[Table]:
-    """All tables that have something to say.
+    """Make the tables that have something to say.
 
     Args:
         study (Study): Finished or not.
-        combinations (Sequence[Combination]): Of ``statistics.combine``.
+        combinations (Sequence[Combination]): Result of
+            ``statistics.combine``.
 
     Returns:
         list[Table]: In the order of the report.
@@ -42,10 +55,25 @@ def make_tables(
         differences_table(study, combinations),
         unfinished_table(study),
     ]
-    # of a ladder of learning rates it is what there is to say
+    # the main result of a ladder of learning rates
     place = 0 if _has_ladder(combinations) else 3
     found.insert(place, divergence_table(study, combinations))
     return [table for table in found if table.rows]
+
+
+def _table(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Mapping[str, str]],
+    data: Sequence[dict[str, Any]],
+    words: Collection[str],
+) -> Table:
+    """Put rows, each from head to text, into a table."""
+    columns = list(rows[0]) if rows else []
+    align = ''.join('l' if head in words else 'r' for head in columns)
+    cells = [list(row.values()) for row in rows]
+    return Table(name, title, caption, columns, cells, data, align)
 
 
 def _has_ladder(combinations: Sequence[Combination]) -> bool:
@@ -63,16 +91,15 @@ def _heads(combinations: Sequence[Combination]) -> list[str]:
     return [*labels, *more]
 
 
-def _names(combination: Combination, heads: Sequence[str]) -> list[str]:
+def _named(combination: Combination, heads: Sequence[str]) -> dict[str, str]:
     values = facet_values(combination)
-    return [values.get(head, '') for head in heads]
+    return {head: values.get(head, '') for head in heads}
 
 
 def _facts(c: Combination, heads: Sequence[str]) -> dict[str, Any]:
-    """The columns of every CSV file that name the combination."""
-    named = dict(zip(heads, _names(c, heads), strict=True))
+    """Columns of every CSV file that name the combination."""
     used = c.cells[0].lr_used
-    return {**named, 'precision': c.precision, 'lr': used}
+    return {**_named(c, heads), 'precision': c.precision, 'lr': used}
 
 
 def results_table(study: Study, combinations: Sequence[Combination]) -> Table:
@@ -80,70 +107,63 @@ def results_table(study: Study, combinations: Sequence[Combination]) -> Table:
 
     Args:
         study (Study): Finished or not.
-        combinations (Sequence[Combination]): Of ``statistics.combine``.
+        combinations (Sequence[Combination]): Result of
+            ``statistics.combine``.
 
     Returns:
         Table: A row per combination.
     """
     heads = _heads(combinations)
-    collapse = study.collapse_below is not None
     rows, data = [], []
     for c in combinations:
-        steps = c.first_diverged_steps
-        times = c.recorded('seconds_per_step')
-        memory = c.recorded('memory_mb')
-        step_ms = 1e3 * statistics.sample(times).mean
-        rows.append(
-            [
-                *_names(c, heads),
-                plus_minus(c.metric),
-                f'{c.metric.n} of {len(c.cells)}',
-                f'{c.rate.count}/{c.rate.n}' if c.rate.n else DASH,
-                *([f'{c.collapsed}/{c.metric.n}'] if collapse else []),
-                ', '.join(map(str, steps)) or DASH,
-                number(step_ms, 3),
-                f'{max(memory):.0f}' if memory else DASH,
-            ]
-        )
-        data.append(
-            {
-                **_facts(c, heads),
-                'metric': study.metric,
-                'mean': _known(c.metric.mean),
-                'std': _known(c.metric.std),
-                'n': c.metric.n,
-                'planned': len(c.cells),
-                'diverged': c.rate.count,
-                'ended': c.rate.n,
-                'collapsed': c.collapsed,
-                'rate_low': _known(c.rate.low),
-                'rate_high': _known(c.rate.high),
-                'first_diverged_steps': ' '.join(map(str, steps)),
-                'step_ms': _known(step_ms),
-                'memory_mb': max(memory, default=None),
-                'best_mean': _known(_best(c, study.metric).mean),
-                'best_std': _known(_best(c, study.metric).std),
-            }
-        )
-    columns = [
-        *heads,
-        study.metric,
-        'seeds',
-        'diverged',
-        *(['collapsed'] if collapse else []),
-        'first at',
-        'ms/step',
-        'MB',
-    ]
-    return Table(
-        'results',
-        'Results',
-        _results_caption(study, combinations),
-        columns,
-        rows,
-        data,
-        'l' * len(heads) + 'r' * (len(columns) - len(heads)),
-    )
+        facts = _result(study, c)
+        rows.append({**_named(c, heads), **_shown_result(study, c, facts)})
+        data.append({**_facts(c, heads), **facts})
+    caption = _results_caption(study, combinations)
+    return _table('results', 'Results', caption, rows, data, heads)
+
+
+def _result(study: Study, c: Combination) -> dict[str, Any]:
+    """Numbers of a row of the results."""
+    step_ms = 1e3 * statistics.sample(c.recorded('seconds_per_step')).mean
+    best = _best(c, study.metric)
+    return {
+        'metric': study.metric,
+        'mean': known(c.metric.mean),
+        'std': known(c.metric.std),
+        'n': c.metric.n,
+        'planned': len(c.cells),
+        'diverged': c.rate.count,
+        'ended': c.rate.n,
+        'collapsed': c.collapsed,
+        'rate_low': known(c.rate.low),
+        'rate_high': known(c.rate.high),
+        'first_diverged_steps': ' '.join(map(str, c.first_diverged_steps)),
+        'step_ms': known(step_ms),
+        'memory_mb': max(c.recorded('memory_mb'), default=None),
+        'best_mean': known(best.mean),
+        'best_std': known(best.std),
+    }
+
+
+def _shown_result(
+    study: Study, c: Combination, facts: dict[str, Any]
+) -> dict[str, str]:
+    """Text of a row of the results, by head."""
+    shown = {
+        study.metric: plus_minus(c.metric),
+        'seeds': f'{c.metric.n} of {len(c.cells)}',
+        'diverged': f'{c.rate.count}/{c.rate.n}' if c.rate.n else DASH,
+    }
+    if study.collapse_below is not None:
+        shown['collapsed'] = f'{c.collapsed}/{c.metric.n}'
+    step_ms, memory = facts['step_ms'], facts['memory_mb']
+    return {
+        **shown,
+        'first at': ', '.join(map(str, c.first_diverged_steps)) or DASH,
+        'ms/step': DASH if step_ms is None else number(step_ms, 3),
+        'MB': DASH if memory is None else f'{memory:.0f}',
+    }
 
 
 def _results_caption(study: Study, combinations: Sequence[Combination]) -> str:
@@ -163,11 +183,12 @@ def _results_caption(study: Study, combinations: Sequence[Combination]) -> str:
 
 
 def scores_table(study: Study, combinations: Sequence[Combination]) -> Table:
-    """The other metrics that the matrix asks for.
+    """Metrics that the matrix asks for besides the score.
 
     Args:
-        study (Study): With ``more_metrics``, else the table is empty.
-        combinations (Sequence[Combination]): Of ``statistics.combine``.
+        study (Study): The table is empty without ``more_metrics``.
+        combinations (Sequence[Combination]): Result of
+            ``statistics.combine``.
 
     Returns:
         Table: A row per combination, a column per metric.
@@ -184,35 +205,35 @@ def scores_table(study: Study, combinations: Sequence[Combination]) -> Table:
     rows, data = [], []
     for c in combinations if metrics else ():
         found = {name: _sample_of(c, name) for name in metrics}
-        rows.append([*_names(c, heads), *map(plus_minus, found.values())])
+        texts = {name: plus_minus(values) for name, values in found.items()}
+        rows.append({**_named(c, heads), **texts})
         data += [
             {
                 **_facts(c, heads),
                 'metric': name,
-                'mean': _known(values.mean),
-                'std': _known(values.std),
+                'mean': known(values.mean),
+                'std': known(values.std),
                 'n': values.n,
             }
             for name, values in found.items()
         ]
-    return Table(
+    return _table(
         'scores',
         'Other scores',
         'Mean ± standard deviation over the seeds that finished, of the last '
         'validation.',
-        [*heads, *metrics],
         rows,
         data,
-        'l' * len(heads) + 'r' * len(metrics),
+        heads,
     )
 
 
-def _sample_of(c: Combination, metric: str) -> Sample:
+def _sample_of(c: Combination, metric: str) -> MeanStd:
     finals = [cell.final(metric) for cell in c.cells]
     return statistics.sample([value for value in finals if value is not None])
 
 
-def _best(c: Combination, metric: str) -> Sample:
+def _best(c: Combination, metric: str) -> MeanStd:
     found = [
         (cell.record.get('best') or {}).get(metric)
         for cell in c.cells
@@ -232,11 +253,11 @@ def _memory_kinds(combinations: Sequence[Combination]) -> str:
     return ' or '.join(said) or 'none recorded'
 
 
-def plus_minus(found: Sample, decimals: int = 2) -> str:
+def plus_minus(found: MeanStd, decimals: int = 2) -> str:
     """Write mean and standard deviation.
 
     Args:
-        found (Sample): Of any number of values.
+        found (MeanStd): Over any number of values.
         decimals (int): Digits after the point; two more for values below 1.
             Defaults to 2.
 
@@ -270,7 +291,7 @@ def number(value: float, digits: int) -> str:
 
     Args:
         value (float): The number.
-        digits (int): How many.
+        digits (int): Count of significant ones.
 
     Returns:
         str: Without exponent.
@@ -283,18 +304,15 @@ def number(value: float, digits: int) -> str:
     return signed(value, max(decimals, 0))
 
 
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
 def differences_table(
     study: Study, combinations: Sequence[Combination]
 ) -> Table:
-    """What each combination changes against its baseline.
+    """Difference of each combination to its baseline.
 
     Args:
-        study (Study): With a baseline, else the table is empty.
-        combinations (Sequence[Combination]): Of ``statistics.combine``.
+        study (Study): The table is empty without a baseline.
+        combinations (Sequence[Combination]): Result of
+            ``statistics.combine``.
 
     Returns:
         Table: A row per combination that has a baseline.
@@ -303,56 +321,47 @@ def differences_table(
     compared = [
         (c, c.difference) for c in combinations if c.difference is not None
     ]
-    rows, data = [], []
-    for c, d in compared:
-        rows.append(
-            [
-                *_names(c, heads),
-                signed(d.mean, 2) if d.n else DASH,
-                interval(d),
-                str(d.n),
-                DASH if math.isnan(d.p) else _p(d.p),
-                DASH if math.isnan(d.p_holm) else _p(d.p_holm),
-                d.verdict,
-            ]
-        )
-        data.append(
-            {
-                **_facts(c, heads),
-                'metric': study.metric,
-                'difference': _known(d.mean),
-                'std': _known(d.std),
-                'low': _known(d.low),
-                'high': _known(d.high),
-                'pairs': d.n,
-                'p': _known(d.p),
-                'p_holm': _known(d.p_holm),
-                'verdict': d.verdict,
-            }
-        )
+    rows = [{**_named(c, heads), **_shown_difference(d)} for c, d in compared]
+    data = [
+        {
+            **_facts(c, heads),
+            'metric': study.metric,
+            'difference': known(d.mean),
+            'std': known(d.std),
+            'low': known(d.low),
+            'high': known(d.high),
+            'pairs': d.n,
+            'p': known(d.p),
+            'p_holm': known(d.p_holm),
+            'verdict': d.verdict,
+        }
+        for c, d in compared
+    ]
     base = ', '.join(f'{k} = {v}' for k, v in study.baseline.items())
     tests = sum(not math.isnan(d.p) for _, d in compared)
-    return Table(
-        'differences',
-        f'Difference to {base}',
-        f'Paired over the seeds that finished in both: mean difference in '
-        f'{study.metric}, its 95 % confidence interval (Student), number of '
-        'pairs, p, and p corrected for '
-        f'{tests} comparison(s) (Holm). Diverged trainings have no score: '
-        'read it beside the divergence. An interval that holds 0 is no '
-        'evidence of an effect, nor of its absence.',
-        [*heads, 'difference', '95 % interval', 'pairs', 'p', 'Holm', 'reads'],
-        rows,
-        data,
-        'l' * len(heads) + 'rrrrrl',
-    )
+    caption = _DIFFERENCES.format(metric=study.metric, tests=tests)
+    title = f'Difference to {base}'
+    words = [*heads, 'reads']
+    return _table('differences', title, caption, rows, data, words)
+
+
+def _shown_difference(d: Difference) -> dict[str, str]:
+    """Text of a row of the differences, by head."""
+    return {
+        'difference': signed(d.mean, 2) if d.n else DASH,
+        '95 % interval': interval(d),
+        'pairs': str(d.n),
+        'p': _p(d.p),
+        'Holm': _p(d.p_holm),
+        'reads': d.verdict,
+    }
 
 
 def interval(d: Difference) -> str:
     """Write a confidence interval.
 
     Args:
-        d (Difference): With or without one.
+        d (Difference): May lack an interval.
 
     Returns:
         str: A dash without one.
@@ -363,6 +372,8 @@ def interval(d: Difference) -> str:
 
 
 def _p(value: float) -> str:
+    if math.isnan(value):
+        return DASH
     return '<0.001' if value < 1e-3 else f'{value:.3f}'
 
 
@@ -373,67 +384,63 @@ def divergence_table(
 
     Args:
         study (Study): Finished or not.
-        combinations (Sequence[Combination]): Of ``statistics.combine``.
+        combinations (Sequence[Combination]): Result of
+            ``statistics.combine``.
 
     Returns:
         Table: A row per labels and precision; none if nothing diverged and
         there is one learning rate.
     """
     heads = [head for head in _heads(combinations) if head != 'lr']
+    ladder = _has_ladder(combinations)
     groups: dict[tuple, list[Combination]] = {}
     for c in combinations:
-        groups.setdefault(tuple(_names(c, heads)), []).append(c)
+        key = tuple(_named(c, heads).items())
+        groups.setdefault(key, []).append(c)
     rows, data = [], []
-    for names, group in groups.items():
-        cells = [cell for c in group for cell in c.cells]
-        rate = statistics.divergence_rate(cells)
-        ladder = statistics.climb(cells)
-        learns = statistics.climb(cells, study.has_collapsed)
-        steps = sorted(s for c in group for s in c.first_diverged_steps)
-        middle = steps[(len(steps) - 1) // 2] if steps else None
-        rows.append(
-            [
-                *names,
-                f'{rate.count}/{rate.n}' if rate.n else DASH,
-                _percent(rate),
-                DASH if middle is None else f'{middle}',
-                ladder_text(ladder),
-                ladder_text(learns),
-            ]
-        )
-        data.append(
-            {
-                **dict(zip(heads, names, strict=True)),
-                'diverged': rate.count,
-                'ended': rate.n,
-                'rate_low': _known(rate.low),
-                'rate_high': _known(rate.high),
-                'median_first_diverged_step': middle,
-                'largest_stable_lr': ladder.largest,
-                'largest_tried': ladder.top,
-                'complete': ladder.complete,
-                'largest_learning_lr': learns.largest,
-            }
-        )
-    columns = ['diverged', '95 % interval', 'first at']
+    for key, group in groups.items():
+        shown, facts = _divergence(study, group, ladder)
+        rows.append({**dict(key), **shown})
+        data.append({**dict(key), **facts})
     caption = _DIVERGENCE
-    if _has_ladder(combinations):
+    if ladder:
         caption += _ladder_caption(study)
-        columns.append('stable lr')
-        if study.collapse_below is not None:
-            columns.append('learns up to')
     elif not any(row['diverged'] for row in data):
         rows, data = [], []
-    rows = [row[: len(heads) + len(columns)] for row in rows]
-    return Table(
-        'divergence',
-        'Divergence',
-        caption,
-        [*heads, *columns],
-        rows,
-        data,
-        'l' * len(heads) + 'r' * len(columns),
-    )
+    return _table('divergence', 'Divergence', caption, rows, data, heads)
+
+
+def _divergence(
+    study: Study, group: Sequence[Combination], ladder: bool
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Text by head, and numbers, of combinations that differ in the lr."""
+    cells = [cell for c in group for cell in c.cells]
+    rate = statistics.divergence_rate(cells)
+    stable = statistics.climb(cells)
+    learns = statistics.climb(cells, study.has_collapsed)
+    steps = sorted(s for c in group for s in c.first_diverged_steps)
+    middle = steps[(len(steps) - 1) // 2] if steps else None
+    shown = {
+        'diverged': f'{rate.count}/{rate.n}' if rate.n else DASH,
+        '95 % interval': _percent(rate),
+        'first at': DASH if middle is None else f'{middle}',
+    }
+    if ladder:
+        shown['stable lr'] = ladder_text(stable)
+        if study.collapse_below is not None:
+            shown['learns up to'] = ladder_text(learns)
+    facts = {
+        'diverged': rate.count,
+        'ended': rate.n,
+        'rate_low': known(rate.low),
+        'rate_high': known(rate.high),
+        'median_first_diverged_step': middle,
+        'largest_stable_lr': stable.largest,
+        'largest_tried': stable.top,
+        'complete': stable.complete,
+        'largest_learning_lr': learns.largest,
+    }
+    return shown, facts
 
 
 def _ladder_caption(study: Study) -> str:
@@ -457,7 +464,7 @@ def ladder_text(ladder: statistics.Ladder) -> str:
     """Write the largest stable learning rate.
 
     Args:
-        ladder (statistics.Ladder): Of one combination.
+        ladder (statistics.Ladder): Result of the climb of one combination.
 
     Returns:
         str: With a sign if the ladder is too short to tell.
@@ -483,12 +490,12 @@ def unfinished_table(study: Study) -> Table:
     data = [
         {'cell': c.name, 'status': c.status, 'reason': c.reason} for c in cells
     ]
-    return Table(
+    rows = [{name: text or DASH for name, text in d.items()} for d in data]
+    return _table(
         'unfinished',
         'Cells without a result',
         'For those that failed the exit code and the last line of the log.',
-        ['cell', 'status', 'reason'],
-        [[d['cell'], d['status'], d['reason'] or DASH] for d in data],
+        rows,
         data,
-        'lll',
+        ('cell', 'status', 'reason'),
     )

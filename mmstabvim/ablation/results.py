@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 # and the dtype that autocast computes in
@@ -39,7 +40,7 @@ _ITERATION = re.compile(r'\biteration\b\D{0,40}?(\d+)', re.IGNORECASE)
 
 @dataclasses.dataclass
 class Curves:
-    """What a training logged.
+    """Scalars that a training logged.
 
     Attributes:
         train (list[dict]): Lines of training, by rising iteration.
@@ -62,19 +63,14 @@ class Curves:
         return first_nonfinite_step(self.train)
 
     def ends_finite(self) -> bool:
-        """Whether the last logged loss is finite."""
+        """Tell that the last logged loss is finite, or that there is none."""
         losses = self.series('loss')[1]
         return not losses or math.isfinite(losses[-1])
 
     def median(self, name: str) -> float | None:
         """Median of the finite values of a scalar, None without one."""
-        values = sorted(v for v in self.series(name)[1] if math.isfinite(v))
-        if not values:
-            return None
-        middle = len(values) // 2
-        if len(values) % 2:
-            return values[middle]
-        return (values[middle - 1] + values[middle]) / 2
+        values = [v for v in self.series(name)[1] if math.isfinite(v)]
+        return median(values) if values else None
 
     def metrics(self) -> list[dict[str, float]]:
         """Finite metrics of each validation."""
@@ -229,7 +225,7 @@ def reported_step(report: Path) -> int | None:
     """Iteration that a divergence report names first.
 
     Args:
-        report (Path): Of a ``DivergenceHook``.
+        report (Path): Written by a ``DivergenceHook``.
 
     Returns:
         int | None: None if it names none.
@@ -321,13 +317,13 @@ class Result:
 
     Attributes:
         name (str): Name of the cell.
-        labels (dict[str, str]): What distinguishes its config.
+        labels (dict[str, str]): Distinction of its config from others.
         seed (int): Random seed.
         precision (str): ``'fp32'``, ``'bf16'`` or ``'fp16'``.
         lr (float | None): Learning rate of the matrix, None for the
             config's own.
         lr_used (float | None): Learning rate that it trained with.
-        folder (Path): Its work dir.
+        folder (Path): Work dir of the training.
         record (dict[str, Any]): Content of ``cell.json``, may be empty.
         status (str): One of the statuses of this module.
     """
@@ -344,17 +340,17 @@ class Result:
 
     @functools.cached_property
     def curves(self) -> Curves:
-        """What it logged, read when first asked for."""
+        """Logged scalars, read when first asked for."""
         return read_curves(self.folder)
 
     @functools.cached_property
     def stability(self) -> list[dict[str, Any]]:
-        """What the stability monitor recorded."""
+        """Records of the stability monitor."""
         return read_stability(self.folder)
 
     @property
     def reason(self) -> str:
-        """Why it is not done: the log's last line where it failed."""
+        """Reason that it is not done: the log's last line if it failed."""
         return self.record.get('reason') or ''
 
     def final(self, metric: str) -> float | None:
@@ -366,7 +362,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All results of a matrix.
+    """Results of a matrix.
 
     Attributes:
         title (str): Heading.
@@ -374,10 +370,10 @@ class Study:
         baseline (dict[str, str]): Label and value of the baseline.
         orders (dict[str, list[str]]): Values of each label in their order.
         cells (list[Result]): Every cell, also those without results.
-        command (str): What started the latest run, may be empty.
+        command (str): Command line of the latest run, may be empty.
         collapse_below (float | None): Score below which a training that is
             done has learnt nothing; None to leave that open.
-        notes (Sequence[str]): What a reader should know.
+        notes (Sequence[str]): Sentences for a reader.
         more_metrics (Sequence[str]): Patterns of other metrics to show.
     """
 
@@ -392,7 +388,7 @@ class Study:
     more_metrics: Sequence[str] = ()
 
     def has_collapsed(self, cell: Result) -> bool:
-        """Whether a training is done, yet has learnt nothing."""
+        """Tell that a training is done, yet has learnt nothing."""
         score = cell.final(self.metric)
         if score is None or self.collapse_below is None:
             return False
@@ -403,7 +399,7 @@ def read_study(work_dir: Path) -> Study:
     """Read a study, finished or not.
 
     Args:
-        work_dir (Path): Of ``ablation.py run``.
+        work_dir (Path): Folder that ``ablation.py run`` wrote.
 
     Returns:
         Study: The cells of the latest run, then others found in the folder.
@@ -423,10 +419,7 @@ def read_study(work_dir: Path) -> Study:
         record = read_json(path)
         if path.parent.name not in planned and 'labels' in record:
             planned[path.parent.name] = record
-            for name, value in record['labels'].items():
-                values = orders.setdefault(name, [])
-                if value not in values:
-                    values.append(value)
+            extend_orders(orders, record['labels'])
     cells = [
         read_result(work_dir / CELLS / name, cell)
         for name, cell in planned.items()
@@ -436,12 +429,25 @@ def read_study(work_dir: Path) -> Study:
     return Study(**{**settings, 'orders': orders, 'cells': cells})
 
 
+def extend_orders(orders: dict[str, list], labels: Mapping[str, str]) -> None:
+    """Append the values that a label did not have so far.
+
+    Args:
+        orders (dict[str, list[str]]): Values by label, changed in place.
+        labels (Mapping[str, str]): Labels of one cell.
+    """
+    for name, value in labels.items():
+        values = orders.setdefault(name, [])
+        if value not in values:
+            values.append(value)
+
+
 def read_result(folder: Path, planned: Mapping[str, Any]) -> Result:
     """Read one cell.
 
     Args:
-        folder (Path): Its work dir, may be absent.
-        planned (Mapping[str, Any]): Its entry in the matrix.
+        folder (Path): Work dir of the cell, may be absent.
+        planned (Mapping[str, Any]): Entry of the cell in the matrix.
 
     Returns:
         Result: With status ``'missing'`` if it was never started.
@@ -467,7 +473,7 @@ def read_result(folder: Path, planned: Mapping[str, Any]) -> Result:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process works on the cell now."""
+    """Tell that a process works on the cell now."""
     handle = try_lock(folder)
     if handle is not None:
         os.close(handle)
@@ -478,7 +484,7 @@ def combinations(cells: Iterable[Result]) -> dict[tuple, list[Result]]:
     """Group cells that differ in their seed only.
 
     Args:
-        cells (Iterable[Result]): In any order.
+        cells (Iterable[Result]): Any order.
 
     Returns:
         dict[tuple, list[Result]]: By labels, precision and learning rate,

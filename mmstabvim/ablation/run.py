@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmstabvim.ablation import results
-from mmstabvim.ablation.job import Job, Settings, write_skipped
+from mmstabvim.ablation.job import Job, RunSettings, write_skipped
 from mmstabvim.ablation.matrix import Cell, Matrix
 from mmstabvim.ablation.progress import Progress
 
@@ -26,8 +26,8 @@ def select(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
     """Cells whose name matches a pattern.
 
     Args:
-        cells (Sequence[Cell]): All of them.
-        pattern (str | None): As in ``full.*.seed0``; None for all.
+        cells (Sequence[Cell]): The whole matrix.
+        pattern (str | None): For instance ``full.*.seed0``; None for all.
 
     Returns:
         list[Cell]: In their order.
@@ -67,7 +67,7 @@ def plan(cells: Sequence[Cell], work_dir: Path) -> dict[str, list[Cell]]:
 
 
 def _plan(cell: Cell, folder: Path) -> str:
-    """What to do with one cell."""
+    """Choose the action for one cell."""
     record = results.read_json(folder / results.RECORD)
     same = record.get('config_hash') == cell.config_hash
     if same and record.get('status') in results.FINISHED:
@@ -80,7 +80,7 @@ def _plan(cell: Cell, folder: Path) -> str:
 
 
 def cannot_run(cell: Cell) -> str:
-    """Why this machine cannot run a cell.
+    """Say why this machine cannot run a cell.
 
     Args:
         cell (Cell): The cell.
@@ -99,7 +99,7 @@ def describe_plan(plans: dict[str, list[Cell]]) -> str:
     """List what a run would do, for ``--dry-run``.
 
     Args:
-        plans (dict[str, list[Cell]]): From :func:`plan`.
+        plans (dict[str, list[Cell]]): Result of :func:`plan`.
 
     Returns:
         str: A line per cell and one of counts.
@@ -114,7 +114,7 @@ def describe_plan(plans: dict[str, list[Cell]]) -> str:
 
 
 def run_matrix(
-    matrix: Matrix, settings: Settings, only: str | None = None
+    matrix: Matrix, settings: RunSettings, only: str | None = None
 ) -> int:
     """Run what is not finished yet.
 
@@ -123,8 +123,8 @@ def run_matrix(
     on later.
 
     Args:
-        matrix (Matrix): All cells, listed in the folder for the report.
-        settings (Settings): Where and how.
+        matrix (Matrix): Written into the folder for the report.
+        settings (RunSettings): Folder and resources of the trainings.
         only (str | None): Pattern of names. Defaults to None, for all.
 
     Returns:
@@ -134,7 +134,8 @@ def run_matrix(
     cells = select(matrix.cells, only)
     settings.work_dir.mkdir(parents=True, exist_ok=True)
     plans = plan(cells, settings.work_dir)
-    described = {**matrix.describe(), 'command': _own_command()}
+    command = shlex.join(['python', *sys.argv])  # without Python's path
+    described = {**matrix.describe(), 'command': command}
     results.write_json(settings.work_dir / results.MATRIX, described)
     for cell in plans['replace']:
         _move_away(cell, settings.work_dir)
@@ -154,11 +155,6 @@ def run_matrix(
     if interrupted:
         return 130
     return int(counts[results.FAILED] + counts[results.KILLED] > 0)
-
-
-def _own_command() -> str:
-    """The command line that was typed, without the path of Python."""
-    return shlex.join(['python', *sys.argv])
 
 
 def _move_away(cell: Cell, work_dir: Path) -> None:
@@ -196,11 +192,11 @@ class Scheduler:
     """Keeps as many trainings running as there are jobs.
 
     Args:
-        settings (Settings): Where and how.
+        settings (RunSettings): Folder and resources of the trainings.
         progress (Progress): Told what happens.
     """
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: RunSettings, progress: Progress) -> None:
         self.settings, self.progress = settings, progress
         self.running: dict[int, Job] = {}  # by slot
 

@@ -10,18 +10,17 @@ from scipy import stats
 from mmstabvim.ablation import results
 from mmstabvim.ablation.results import Result, Study
 
-STABILIZERS = ('none', 'sn', 'ec', 'sp', 'sn_ec', 'sn_sp', 'ec_sp', 'all')
 LEVEL = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
-    """Values of several seeds.
+class MeanStd:
+    """Mean and spread of a value over several seeds.
 
     Attributes:
-        n (int): How many.
+        n (int): Count of the seeds.
         mean (float): NaN without values.
-        std (float): Of the population, estimated with n - 1; NaN below two.
+        std (float): Estimate for the population, with n - 1; NaN below two.
     """
 
     n: int
@@ -29,19 +28,19 @@ class Sample:
     std: float
 
 
-def sample(values: Sequence[float]) -> Sample:
+def sample(values: Sequence[float]) -> MeanStd:
     """Mean and standard deviation.
 
     Args:
         values (Sequence[float]): One per seed.
 
     Returns:
-        Sample: With ``ddof=1``.
+        MeanStd: Standard deviation with ``ddof=1``.
     """
     found = np.asarray(values, np.float64)
     mean = float(found.mean()) if found.size else math.nan
     std = float(found.std(ddof=1)) if found.size > 1 else math.nan
-    return Sample(found.size, mean, std)
+    return MeanStd(found.size, mean, std)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +50,12 @@ class Difference:
     Attributes:
         n (int): Pairs.
         mean (float): NaN without pairs.
-        std (float): Of the differences, NaN below two pairs.
+        std (float): Spread of the differences, NaN below two pairs.
         low (float): Lower end of the 95 % interval for the mean.
         high (float): Upper end.
         p (float): Two-sided, of Student's t test on the differences.
         p_holm (float): The same, corrected for the number of comparisons.
-        identical (bool): Whether every pair is equal.
+        identical (bool): True if every pair is equal.
     """
 
     n: int
@@ -70,7 +69,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the difference lets one say, in words."""
+        """Conclusion that the difference allows, in words."""
         if self.n == 0:
             return 'no pairs'
         if self.identical:
@@ -118,7 +117,7 @@ def correct(differences: Sequence[Difference]) -> list[Difference]:
     """Correct p values for making several comparisons (Holm, 1979).
 
     Args:
-        differences (Sequence[Difference]): Of one family of comparisons.
+        differences (Sequence[Difference]): One family of comparisons.
 
     Returns:
         list[Difference]: The same with ``p_holm``.
@@ -138,7 +137,7 @@ def correct(differences: Sequence[Difference]) -> list[Difference]:
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """How many of several trainings diverged.
+    """Share of several trainings that diverged.
 
     Attributes:
         count (int): Diverged.
@@ -153,11 +152,23 @@ class Rate:
     high: float
 
 
+def known(value: float) -> float | None:
+    """Replace NaN by None, for JSON and CSV.
+
+    Args:
+        value (float): The number.
+
+    Returns:
+        float | None: None for NaN.
+    """
+    return None if math.isnan(value) else value
+
+
 def divergence_rate(cells: Sequence[Result]) -> Rate:
     """Rate among the cells that ended by themselves.
 
     Args:
-        cells (Sequence[Result]): Of one combination.
+        cells (Sequence[Result]): Trainings of one combination.
 
     Returns:
         Rate: Failed and missing cells do not count.
@@ -178,9 +189,9 @@ class Ladder:
     Attributes:
         largest (float | None): None if the smallest one did, or if no
             training ended.
-        top (bool): Whether it is the largest one tried.
+        top (bool): True if it is the largest one tried.
         smallest (float | None): The smallest one tried, None without any.
-        complete (bool): Whether all seeds up to there ended.
+        complete (bool): True if all seeds up to there ended.
     """
 
     largest: float | None
@@ -196,8 +207,8 @@ def climb(
     """Go up the learning rates until a training diverges or collapses.
 
     Args:
-        cells (Sequence[Result]): Of one combination, at any learning rates.
-        has_collapsed (Callable): Whether a training has learnt nothing.
+        cells (Sequence[Result]): One combination at any learning rates.
+        has_collapsed (Callable): Tells that a training has learnt nothing.
             Defaults to none.
 
     Returns:
@@ -224,14 +235,14 @@ class Combination:
     """Cells that differ in their seed only, and what they say together.
 
     Attributes:
-        labels (dict[str, str]): What distinguishes the config.
+        labels (dict[str, str]): Distinction of the config from others.
         precision (str): ``'fp32'``, ``'bf16'`` or ``'fp16'``.
         lr (float | None): None for the config's own.
         cells (list[Result]): By seed.
-        metric (Sample): Final metric of those that are done.
+        metric (MeanStd): Final metric of those that are done.
         rate (Rate): Divergence.
-        collapsed (int): How many are done with a score that says that they
-            have learnt nothing (``collapse_below`` of the matrix).
+        collapsed (int): Count of those that are done with a score below
+            ``collapse_below`` of the matrix: they have learnt nothing.
         difference (Difference | None): None for the baseline itself and
             where there is no baseline.
     """
@@ -240,7 +251,7 @@ class Combination:
     precision: str
     lr: float | None
     cells: list[Result]
-    metric: Sample
+    metric: MeanStd
     rate: Rate
     collapsed: int
     difference: Difference | None
@@ -315,7 +326,7 @@ def _baseline_key(key: tuple, baseline: Mapping[str, str]) -> tuple:
 
 
 def _corrected(combinations: list[Combination]) -> list[Combination]:
-    """With p values corrected over all comparisons of the study."""
+    """Correct the p values over all comparisons of the study."""
     found = [c.difference for c in combinations if c.difference is not None]
     left = iter(correct(found))
     return [
@@ -324,27 +335,10 @@ def _corrected(combinations: list[Combination]) -> list[Combination]:
     ]
 
 
-def ordered_values(study: Study, label: str) -> list[str]:
-    """Values of a label as they are shown.
-
-    Args:
-        study (Study): With the order of the matrix.
-        label (str): Name of the label.
-
-    Returns:
-        list[str]: Stabilizers in their fixed order, others as listed.
-    """
-    values = study.orders.get(label, [])
-    if set(values) <= set(STABILIZERS):
-        return [value for value in STABILIZERS if value in values]
-    return list(values)
-
-
 def _order(key: tuple, study: Study) -> tuple:
     """Sort key: labels, then precision, then learning rate."""
     ranks = []
-    for label in study.orders:
-        values = ordered_values(study, label)
+    for label, values in study.orders.items():
         value = dict(key[0]).get(label)
         ranks.append(values.index(value) if value in values else -1)
     precisions = list(results.PRECISIONS)

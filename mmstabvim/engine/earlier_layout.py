@@ -180,4 +180,20 @@ def convert_checkpoint(
         checkpoint['free_state_matrices'] = {
             state: join_named(table) for state, table in free.items()
         }
+    norms = checkpoint.get('weight_spectral_norm', {})
+    if norms.get('raw'):
+        raise ValueError(
+            'weights that WeightSpectralNormHook had parametrized cannot go '
+            'on from the earlier layout: start anew from them, with load_from'
+        )
+    for key, table in norms.items():
+        norms[key] = {_part_name(name): x for name, x in table.items()}
     return True
+
+
+def _part_name(name: str) -> str:
+    """Translate the name of a direction's layer, such as of its x_proj."""
+    moved = new_name(f'{name}.weight')
+    if moved is None:
+        return name
+    return f'{moved[0].removesuffix(".weight")}.{moved[1]}'

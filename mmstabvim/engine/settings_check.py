@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.utils import import_modules_from_strings
 
+from mmstabvim.compat import DEFAULT_HOOKS
 from mmstabvim.engine.config_file import ConfigFile
 from mmstabvim.engine.mistakes import SettingError
 from mmstabvim.engine.signatures import accepted_names, parameters_of
@@ -30,15 +31,6 @@ _OTHER_NAMES = {
     'sync_bn',
     'tta_model',
     'tta_pipeline',
-}
-
-_DEFAULT_HOOKS = {
-    'runtime_info',
-    'timer',
-    'sampler_seed',
-    'logger',
-    'param_scheduler',
-    'checkpoint',
 }
 
 _PARAMWISE = {
@@ -245,7 +237,7 @@ def _readable(
         return names_read(cfg)
     if path == 'default_hooks':
         typed = {name for name, hook in node.items() if _has_type(hook)}
-        return typed | _DEFAULT_HOOKS | set(_get(old, path) or ())
+        return typed | DEFAULT_HOOKS | set(_get(old, path) or ())
     if path == 'optim_wrapper.paramwise_cfg':
         return _paramwise_names(cfg)
     parameters = parameters_of(cfg, path, node)
@@ -275,7 +267,9 @@ def _has_type(hook: Any) -> bool:
 
 def _describe(cfg: Config, option: str, path: str, key: str) -> str:
     """Say why an option has no effect, and what was meant."""
-    if path:
+    if path == 'default_hooks':
+        reason = f'{path}.{key} has no type, so nothing builds it'
+    elif path:
         reason = f'{path} has no {key!r}, so nothing reads it'
     elif key in cfg and key != 'data_preprocessor':
         reason = (

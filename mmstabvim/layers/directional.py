@@ -44,9 +44,9 @@ class DirectionalLinear(nn.Module):
         self.weight.uniform_(-bound, bound)
 
     @property
-    def operator(self) -> Operator:
+    def weight_operator(self) -> Operator:
         """Action of a direction's weight, for norms."""
-        return Operator()
+        return Operator(directions=self.directions)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (directions, batch, length, in) to (..., out)."""
@@ -94,9 +94,9 @@ class DirectionalConv1d(nn.Module):
         self.bias.uniform_(-bound, bound)
 
     @property
-    def operator(self) -> Operator:
+    def weight_operator(self) -> Operator:
         """Action of a direction's weight, for norms."""
-        return Operator(depthwise=True)
+        return Operator(depthwise=True, directions=self.directions)
 
     def forward(self, x: Tensor, activation: str | None = 'silu') -> Tensor:
         """Map (batch, length, channels) to (directions, ...)."""

@@ -163,7 +163,7 @@ def test_a_report_needs_no_model():
         waiting |= found - seen
     assert 'mmstabvim.ablation.statistics' in seen
     parts = {name.split('.')[1] for name in seen}
-    assert parts == {'ablation', 'visualization', 'version'}
+    assert parts == {'ablation', 'reporting', 'visualization', 'version'}
 
 
 @pytest.mark.parametrize(

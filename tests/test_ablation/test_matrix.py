@@ -60,6 +60,44 @@ def test_labels_with_changes_of_the_config(write_matrix):
     assert loaded.orders == dict(kind=['long'], steps=['1', '2'])
 
 
+def test_labels_that_name_fragments(write_matrix, tmp_path):
+    """Merged one after the other, and written as ``cfg_options``."""
+    hook = "default_hooks = dict({}=dict(type='EMAHook', momentum={}))\n"
+    (tmp_path / 'a.py').write_text(hook.format('a', 0.1))
+    (tmp_path / 'b.py').write_text(hook.format('b', 0.2))
+    off = tmp_path / 'off.py'
+    off.write_text('default_hooks = dict(a=None, b=None)\n')
+    hooks = {
+        'off': 'off.py',
+        'a': 'a.py',
+        'a_b': ['a.py', 'b.py', {'default_hooks.b.momentum': 0.3}],
+    }
+    text = 'default_hooks = dict()\n'
+    labels = dict(size=['ok', 'fail'], hooks=hooks)
+    groups = [dict(configs='fake_{size}.py', labels=labels)]
+    path = write_matrix(['ok', 'fail'], groups=groups)
+    for config in tmp_path.glob('fake_*.py'):
+        config.write_text(config.read_text() + text)
+    loaded = load_matrix(path)
+    assert names(loaded) == [
+        f'{size}.{value}.fp32.seed0'
+        for size in ('ok', 'fail')
+        for value in hooks
+    ]
+    assert loaded.cells[0].options == dict.fromkeys(
+        ['default_hooks.a', 'default_hooks.b']
+    )
+    assert loaded.cells[2].options == {
+        'default_hooks.a.type': 'EMAHook',
+        'default_hooks.a.momentum': 0.1,
+        'default_hooks.b.type': 'EMAHook',
+        'default_hooks.b.momentum': 0.3,
+    }
+    (tmp_path / 'b.py').rename(tmp_path / 'bb.py')
+    with pytest.raises(FileNotFoundError, match=r'config fragment .*b\.py'):
+        load_matrix(path)
+
+
 def test_globs_are_told_apart_by_their_names(write_matrix):
     path = write_matrix(['ok', 'fail'], groups=[dict(configs='fake_*.py')])
     assert names(load_matrix(path)) == [

@@ -315,6 +315,31 @@ def test_other_scores(tmp_path, write_cell, write_study):
     assert 'loss_x' not in text
 
 
+def test_labels_of_an_earlier_spelling(tmp_path, write_cell, write_study):
+    """Reported as they were stored, beside those of a later run."""
+
+    def cell(label, score):
+        return write_cell(tmp_path, dict(stabilizers=label), 0, score)
+
+    old = [cell('none', 50.0), cell('sn-ec', 60.0)]
+    baseline = dict(stabilizers='none')
+    write_study(tmp_path, old, baseline, stabilizers=['none', 'sn-ec'])
+    report.write_report(tmp_path, tmp_path / 'report')
+    found = [r['stabilizers'] for r in rows_of(tmp_path, 'results')]
+    assert found == ['none', 'sn-ec']
+    new = [old[0], cell('sn_ec', 70.0)]
+    write_study(tmp_path, new, baseline, stabilizers=['none', 'sn_ec'])
+    report.write_report(tmp_path, tmp_path / 'report')
+    rows = rows_of(tmp_path, 'results')
+    assert [(r['stabilizers'], float(r['mean'])) for r in rows] == [
+        ('none', 50.0),
+        ('sn_ec', 70.0),
+        ('sn-ec', 60.0),
+    ]
+    text = (tmp_path / 'report' / 'report.md').read_text()
+    assert '- Names: sn: spectral normalization' in text
+
+
 def test_notes_are_told(tmp_path, write_cell, write_study):
     cells = [write_cell(tmp_path, dict(kind='a'), 0, 50.0)]
     settings = dict(notes=['One & two.', 'Three.'])

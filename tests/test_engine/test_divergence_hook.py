@@ -217,7 +217,8 @@ def test_names_the_layer_that_writes_nan(digits, place):
     assert float(shares[-1]) > 0
     assert set(shares[:-1]) == {'0'}
     assert '| 5 | ' in report.split('## Loss before it')[1]
-    assert 'SpectralNormalizationHook' in report.split('## What to try')[1]
+    advice = report.split('## What to try')[1]
+    assert 'default_hooks.sn.type=mmstabvim.SpectralNorm' in advice
     logged = Path(runner.log_dir, 'vis_data/scalars.json').read_text()
     assert '"stab/divergence": 1.0' in logged
 
@@ -798,7 +799,7 @@ def test_rollback_beside_the_stabilizers(digits):
     report = report.read_text()
     assert 'output of `backbone.layers.0.mixer.in_proj` (Linear)' in report
     assert '- hook: `SpectralNormalizationHook` rho_max=4.0\n' in report
-    assert 'Add `dict(' not in report
+    assert 'default_hooks.' not in report.split('## What to try')[1]
 
 
 def test_checkpoints_are_whole(tmp_path):

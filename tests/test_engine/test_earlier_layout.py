@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from mmstabvim import VisionMamba
 from mmstabvim.engine import launch
+from mmstabvim.engine.earlier_layout import convert_checkpoint
 from mmstabvim.layers.earlier_layout import stack_directions
 from mmstabvim.loading import load_weights
 
@@ -187,6 +188,33 @@ def test_weights_load_by_every_door(case):
     image = torch.randn(2, 3, 8, 8)
     assert torch.equal(one(image)[0], other(image)[0])
     assert_same(one.state_dict(), inside)
+
+
+def test_bounds_of_weight_norms():
+    """Each direction keeps its own; free parameters are refused."""
+    model = VisionMamba(dict(embed_dims=8, num_layers=1, d_state=4))
+    old = 'layers.0.mixer.directions.'
+    checkpoint = dict(
+        state_dict={f'{old}{k}.D': torch.ones(16) for k in range(2)},
+        weight_spectral_norm=dict(
+            bounds={
+                'layers.0.mixer.in_proj': 1.0,
+                f'{old}0.x_proj': 2.0,
+                f'{old}1.conv1d': 3.0,
+            }
+        ),
+    )
+    assert convert_checkpoint(checkpoint, model, None)
+    assert checkpoint['weight_spectral_norm']['bounds'] == {
+        'layers.0.mixer.in_proj': 1.0,
+        'layers.0.mixer.ssm.x_proj.0': 2.0,
+        'layers.0.mixer.conv1d.1': 3.0,
+    }
+    assert not convert_checkpoint(checkpoint, model, None)
+    checkpoint['state_dict'] = {f'{old}0.D': torch.ones(16)}
+    checkpoint['weight_spectral_norm']['raw'] = dict(state_dict={})
+    with pytest.raises(ValueError, match='start anew'):
+        convert_checkpoint(checkpoint, model, None)
 
 
 def test_a_missing_direction_is_named():

@@ -66,6 +66,7 @@ def test_option_without_effect(load, base, option, value, meant):
         (DIGITS, 'default_hooks.ema', dict(type='EMAHook')),
         (DIGITS, 'default_hooks.stability', None),
         (DIGITS, 'custom_hooks', [dict(type='EMAHook')]),
+        (DIGITS, 'default_hooks.ec.type', 'EigenvalueClampingHook'),
         (DIGITS, 'model.backbone.drop_path_rate', 0.2),
         (DIGITS, 'load_from', 'a.pth'),
         (DIGITS, 'find_unused_parameters', True),

@@ -154,6 +154,20 @@ def test_existing_hooks_keep_working(config):
     assert len(scalars(config, 'loss_stab')) == 3
 
 
+def test_keys_of_default_hooks_are_the_same_stabilizers(config):
+    """As entries of ``custom_hooks``, bit by bit, in any order."""
+    hooks = [dict(SN, rho_max=0.2), dict(EC, eps=0.1), SP]
+    config.custom_hooks = hooks
+    listed = weights(config)
+    config.custom_hooks = []
+    config.default_hooks.update(sp=SP, ec=hooks[1], sn=hooks[0])
+    keyed = weights(config)
+    assert all(torch.equal(listed[name], keyed[name]) for name in listed)
+    config.default_hooks.sn = None
+    less = weights(config)
+    assert not all(torch.equal(listed[name], less[name]) for name in listed)
+
+
 # ------------------------------------------------------------ when they act
 
 

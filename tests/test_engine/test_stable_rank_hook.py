@@ -19,6 +19,7 @@ from mmstabvim.stability import (
     layer_norms,
     stable_rank,
 )
+from mmstabvim.stability.weights.layers import operator_of, weight_parts
 
 PROJECTIONS = ['in_proj', 'x_proj', 'dt_proj', 'out_proj']
 TOKENS = 5  # four patches and the class token
@@ -141,8 +142,17 @@ def share(weight, length=TOKENS):
 
 
 def shares(model, patterns, **options):
-    layers = find_layers(model, patterns)
-    return [share(layer.weight, **options) for layer in layers.values()]
+    return [share(w, **options) for w in weights(model, patterns)]
+
+
+def weights(model, patterns):
+    """Matrices, or kernels (channels, 1, taps), of layers and directions."""
+    found = []
+    for name, layer in find_layers(model, patterns).items():
+        kernels = operator_of(layer).depthwise
+        for part in weight_parts(name, layer, layer.weight).values():
+            found.append(part.view()[:, None] if kernels else part.view())
+    return found
 
 
 def equal(a, b):
@@ -153,7 +163,7 @@ def equal(a, b):
 
 
 def test_bounds_hold_where_free_training_breaks_them(run):
-    targets = dict(in_proj=0.2, x_proj=0.3, out_proj=0.15, conv1d=0.5)
+    targets = dict(in_proj=0.2, x_proj=0.25, out_proj=0.15, conv1d=0.5)
     free = run.train().model
     run.hooks = [dict(SRN, targets=targets)]
     bound = run.train().model
@@ -226,8 +236,8 @@ def test_ways_to_normalize_kernels(run, kernel, wanted):
     model = run.train().model
     found = torch.cat(
         [
-            kernel_stable_rank(layer.weight[:, 0], TOKENS) / TOKENS
-            for layer in find_layers(model, ['conv1d']).values()
+            kernel_stable_rank(weight[:, 0], TOKENS) / TOKENS
+            for weight in weights(model, ['conv1d'])
         ]
     )
     lowest, highest = wanted
@@ -264,7 +274,7 @@ def test_report(run, messages):
     run.hooks = [dict(SRN, targets=dict(conv1d=0.5))]
     run.train()
     ((_, text),) = messages
-    assert '2 like backbone.layers.0.mixer.directions.0.conv1d: ' in text
+    assert '2 like backbone.layers.0.mixer.conv1d.0: ' in text
     assert text.endswith('to 0.500')
 
 
@@ -279,7 +289,7 @@ def test_base_config(tmp_path):
     assert max(shares(model, ['in_proj', 'out_proj'])) < 0.3001
     assert max(shares(model, ['conv1d'], length=tokens)) < 0.5001
     default = StableRankHook().targets
-    assert default == dict(cfg.custom_hooks[0].targets)
+    assert default == dict(cfg.default_hooks.srn.targets)
 
 
 # ------------------------------------------------------------- when it acts
@@ -406,7 +416,7 @@ def test_refused_arguments(options, message):
         ),
         (
             dict(targets=dict(conv1d=0.2)),
-            r'conv1d has 4 taps, so at least 0\.25, got 0\.2',
+            r'conv1d\.0 has 4 taps, so at least 0\.25, got 0\.2',
         ),
         (dict(length=[4, 4]), 'length must have 1 numbers'),
         (dict(targets={}), 'match frozen weights only'),
@@ -455,11 +465,12 @@ def test_weights_that_are_not_finite_are_named(run):
     run.hooks = [dict(SRN, targets=dict(x_proj=0.5))]
     runner = run.train()
     hook = next(h for h in runner.hooks if isinstance(h, StableRankHook))
-    layers = find_layers(runner.model, ['x_proj'])
-    for name in layers:
-        kept = layers[name].weight.data.clone()
-        layers[name].weight.data[1, 2] = torch.nan
-        with pytest.raises(ValueError, match=f'{name}.weight has a NaN'):
+    ((name, layer),) = find_layers(runner.model, ['x_proj']).items()
+    parts = weight_parts(name, layer, layer.weight.data)
+    for direction, part in parts.items():
+        kept = part.view().clone()
+        part.view()[1, 2] = torch.nan
+        with pytest.raises(ValueError, match=f'{direction}.weight has a NaN'):
             hook.project()
-        layers[name].weight.data.copy_(kept)
-    assert len(layers) == 2
+        part.view().copy_(kept)
+    assert len(parts) == 2

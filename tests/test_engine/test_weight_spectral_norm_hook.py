@@ -22,6 +22,7 @@ from weight_norm_runs import (
     gains_of,
     hook_of,
     norms,
+    numbers_of,
     saved,
 )
 
@@ -46,7 +47,8 @@ def test_norms_stay_bounded_where_training_alone_breaks_them(run):
     run.hooks = [dict(WSN, max_norm=0.5)]
     estimate = norms(run.train().model)
     assert free.keys() == exact.keys()
-    assert {name.split('.')[-1] for name in free} == {
+    names = (name.removesuffix('.0').removesuffix('.1') for name in free)
+    assert {name.split('.')[-1] for name in names} == {
         'projection',
         'in_proj',
         'conv1d',
@@ -55,7 +57,7 @@ def test_norms_stay_bounded_where_training_alone_breaks_them(run):
         'out_proj',
         'head',
     }
-    assert min(free.values()) > 0.6
+    assert min(free.values()) > 0.55
     assert max(exact.values()) <= 0.5 * (1 + 2e-6)
     # from below, one step of power iteration for each large step
     assert 0.5 * (1 + 1e-4) < max(estimate.values()) < 0.55
@@ -83,7 +85,7 @@ def test_reparametrized_weights_obey(run, rule):
     assert max(w.flatten(1).norm() for w in free.values()) > 1
     found = norms(model)
     if rule == 'learned':
-        gains = {n: v.item() for n, v in gains_of(model).items()}
+        gains = numbers_of(gains_of(model))
         # three steps of Adam at 0.05 each
         assert all(0.3 < gain < 0.7 for gain in gains.values())
         assert len(set(gains.values())) == 10
@@ -104,7 +106,7 @@ def test_norms_of_the_start(run):
     assert hook_of(runner).bounds == pytest.approx(start, rel=1e-6)
     path = f'{run.work_dir}/epoch_1.pth'
     state = saved(run)
-    for name in start:
+    for name in find_layers(runner.model, ALL):
         state['state_dict'][f'{name}.weight'] *= 0.5
     torch.save(state, path)
     run.optimizer['lr'] = 0.05
@@ -163,7 +165,7 @@ def test_other_hooks_keep_working(run):
 def test_the_base_config(tmp_path):
     cfg = digits_config(tmp_path)
     base = Config.fromfile(ROOT / 'configs/_base_/stabilizers/weight_sn.py')
-    cfg.custom_hooks = base.custom_hooks
+    cfg.default_hooks.update(base.default_hooks)
     cfg.train_cfg = dict(by_epoch=True, max_epochs=1)
     cfg.val_cfg = cfg.val_evaluator = cfg.val_dataloader = None
     cfg.train_dataloader.dataset.indices = 16
@@ -200,7 +202,7 @@ def test_once_exactly_and_then_after_each_step(run, projections):
 def test_estimates_start_near_the_norms(run):
     run.hooks, run.epochs = [dict(WSN, max_norm='init')], 0
     for group in hook_of(run.train())._groups:
-        assert (group.estimate() > 0.95 * group.norms()).all()
+        assert (group.estimate() > 0.9 * group.norms()).all()
 
 
 def test_accumulating_iterations_do_nothing(run, projections):
@@ -290,9 +292,9 @@ def test_two_processes_stay_equal(tmp_path):
     ]
     a, b = train_in_two_processes(cfg, tmp_path, port=29711)
     assert equal(a, b)
-    gains = [v.item() for k, v in a.items() if k.endswith('.gain')]
-    assert len(gains) == 5
-    assert all(gain != 1.0 for gain in gains)
+    gains = [v for k, v in a.items() if k.endswith('.gain')]
+    assert sorted(gain.numel() for gain in gains) == [1, 2, 2]
+    assert all((gain != 1.0).all() for gain in gains)
 
 
 # --------------------------------------------------------------- bad input

@@ -1,7 +1,7 @@
 # Penalty on concentrated singular values of the logits' Jacobian.
-custom_hooks = [
-    dict(
+default_hooks = dict(
+    entropy=dict(
         type='mmstabvim.StabilityLossHook',
         loss=dict(type='mmstabvim.EntropyLoss', loss_weight=0.1, samples=2),
     ),
-]
+)

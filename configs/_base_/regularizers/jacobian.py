@@ -1,7 +1,7 @@
 # Jacobian regularization, one random projection per step on 16 images.
-custom_hooks = [
-    dict(
+default_hooks = dict(
+    jacobian=dict(
         type='mmstabvim.StabilityLossHook',
         loss=dict(type='mmstabvim.JacobianLoss', loss_weight=0.01, samples=16),
     ),
-]
+)

@@ -1,6 +1,6 @@
 # Soft bound on the spectral norms of a Vision Mamba classifier's weights.
-custom_hooks = [
-    dict(
+default_hooks = dict(
+    spectral_constraint=dict(
         type='mmstabvim.StabilityLossHook',
         loss=dict(
             type='mmstabvim.SpectralConstraintLoss',
@@ -17,4 +17,4 @@ custom_hooks = [
             loss_weight=0.01,
         ),
     ),
-]
+)

@@ -1,7 +1,7 @@
 # All three stabilizers.
-custom_hooks = [
+default_hooks = dict(
     # literal: the radius of every matrix is at most 1 per step
-    dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
-    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
-    dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
-]
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+    sp=dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
+)

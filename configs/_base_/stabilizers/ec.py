@@ -1,4 +1,4 @@
 # Eigenvalue clamping.
-custom_hooks = [
-    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
-]
+default_hooks = dict(
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+)

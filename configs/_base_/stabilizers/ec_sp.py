@@ -1,5 +1,5 @@
 # Eigenvalue clamping and stability penalty.
-custom_hooks = [
-    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
-    dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
-]
+default_hooks = dict(
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+    sp=dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
+)

@@ -1,2 +1,2 @@
-# No stabilizer: the baseline.
-custom_hooks = []
+# No stabilizer: takes out those that a config has.
+default_hooks = dict(sn=None, ec=None, sp=None)

@@ -1,5 +1,5 @@
 # Spectral normalization.
-custom_hooks = [
+default_hooks = dict(
     # literal: the radius of every matrix is at most 1 per step
-    dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
-]
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
+)

@@ -1,6 +1,6 @@
 # Spectral normalization and eigenvalue clamping.
-custom_hooks = [
+default_hooks = dict(
     # literal: the radius of every matrix is at most 1 per step
-    dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
-    dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
-]
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+)

@@ -1,6 +1,6 @@
 # Spectral normalization and stability penalty.
-custom_hooks = [
+default_hooks = dict(
     # literal: the radius of every matrix is at most 1 per step
-    dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
-    dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
-]
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
+    sp=dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
+)

@@ -1,4 +1,4 @@
 # Stability penalty.
-custom_hooks = [
-    dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
-]
+default_hooks = dict(
+    sp=dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
+)

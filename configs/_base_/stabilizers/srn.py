@@ -1,6 +1,6 @@
 # Stable rank normalization of the projections and the convolution.
-custom_hooks = [
-    dict(
+default_hooks = dict(
+    srn=dict(
         type='mmstabvim.StableRankHook',
         # shares of the largest possible stable rank
         targets=dict(
@@ -11,4 +11,4 @@ custom_hooks = [
             conv1d=0.5,
         ),
     ),
-]
+)

@@ -1,6 +1,6 @@
 # Spectral norms of the weights of a classifier.
-custom_hooks = [
-    dict(
+default_hooks = dict(
+    weight_sn=dict(
         type='mmstabvim.WeightSpectralNormHook',
         layers=[
             'patch_embed',
@@ -15,4 +15,4 @@ custom_hooks = [
         # that a pretrained model comes with
         max_norm=1.0,
     ),
-]
+)

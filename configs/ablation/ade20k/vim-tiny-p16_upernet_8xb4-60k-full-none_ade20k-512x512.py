@@ -1,7 +1,3 @@
-_base_ = [
-    '../../upernet/vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py',
-    '../../_base_/stabilizers/none.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=8)),
-)
+_base_ = '../../upernet/vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py'
+
+model = dict(backbone=dict(state_matrix=dict(type='full', groups=8)))

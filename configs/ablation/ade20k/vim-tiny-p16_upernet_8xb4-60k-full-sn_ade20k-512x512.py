@@ -1,7 +1,6 @@
-_base_ = [
-    '../../upernet/vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py',
-    '../../_base_/stabilizers/sn.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=8)),
+_base_ = './vim-tiny-p16_upernet_8xb4-60k-full-none_ade20k-512x512.py'
+
+default_hooks = dict(
+    # literal: the radius of every matrix is at most 1 per step
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
 )

@@ -1,7 +1,5 @@
-_base_ = [
-    '../../vim/vim-nano-p4_1xb64-20e_digits.py',
-    '../../_base_/stabilizers/ec.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=4)),
+_base_ = './vim-nano-p4_1xb64-20e-full-none_digits.py'
+
+default_hooks = dict(
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
 )

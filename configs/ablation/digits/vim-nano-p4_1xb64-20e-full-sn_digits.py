@@ -1,7 +1,6 @@
-_base_ = [
-    '../../vim/vim-nano-p4_1xb64-20e_digits.py',
-    '../../_base_/stabilizers/sn.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=4)),
+_base_ = './vim-nano-p4_1xb64-20e-full-none_digits.py'
+
+default_hooks = dict(
+    # literal: the radius of every matrix is at most 1 per step
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
 )

@@ -1,7 +1,5 @@
-_base_ = [
-    '../../vim/vim-tiny-p16_8xb128_in1k.py',
-    '../../_base_/stabilizers/ec.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=8)),
+_base_ = './vim-tiny-p16_8xb128-full-none_in1k.py'
+
+default_hooks = dict(
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
 )

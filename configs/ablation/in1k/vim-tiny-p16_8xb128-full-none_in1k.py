@@ -1,7 +1,3 @@
-_base_ = [
-    '../../vim/vim-tiny-p16_8xb128_in1k.py',
-    '../../_base_/stabilizers/none.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=8)),
-)
+_base_ = '../../vim/vim-tiny-p16_8xb128_in1k.py'
+
+model = dict(backbone=dict(state_matrix=dict(type='full', groups=8)))

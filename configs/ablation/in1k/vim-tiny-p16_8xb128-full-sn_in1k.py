@@ -1,7 +1,6 @@
-_base_ = [
-    '../../vim/vim-tiny-p16_8xb128_in1k.py',
-    '../../_base_/stabilizers/sn.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=8)),
+_base_ = './vim-tiny-p16_8xb128-full-none_in1k.py'
+
+default_hooks = dict(
+    # literal: the radius of every matrix is at most 1 per step
+    sn=dict(type='mmstabvim.SpectralNormalizationHook', rho_max=1.0),
 )

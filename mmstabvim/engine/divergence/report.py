@@ -17,12 +17,17 @@ CAUSES = {
 }
 
 STABILIZERS = {
-    'SpectralNormalizationHook': 'bounds the spectral radius of the state '
-    'matrices',
-    'EigenvalueClampingHook': 'keeps their eigenvalues in the stable half '
-    'plane',
-    'StabilityLossHook': 'penalizes eigenvalues that leave it',
+    'sn': (
+        'SpectralNormalizationHook',
+        'bounds the spectral radius of the state matrices',
+    ),
+    'ec': (
+        'EigenvalueClampingHook',
+        'keeps their eigenvalues in the stable half plane',
+    ),
+    'sp': ('StabilityLossHook', 'penalizes eigenvalues that leave it'),
 }
+"""Key under ``default_hooks``, class and effect of each stabilizer."""
 
 FLOAT16_MAX = 65504.0
 
@@ -291,12 +296,12 @@ def _missing_stabilizers(divergence: Divergence) -> Iterator[str]:
     if not divergence.has_state_matrix:
         return
     used = ' '.join(divergence.hooks)
-    missing = {k: v for k, v in STABILIZERS.items() if k not in used}
-    for name, effect in missing.items():
-        yield (
-            f"- Add `dict(type='mmstabvim.{name}')` to `custom_hooks`: it "
-            f'{effect}.'
-        )
+    for key, (name, effect) in STABILIZERS.items():
+        if name not in used:
+            yield (
+                f'- Add `--cfg-options default_hooks.{key}.type='
+                f'mmstabvim.{name}`: it {effect}.'
+            )
 
 
 def _reproduction(divergence: Divergence) -> Iterator[str]:

@@ -22,7 +22,13 @@ from mmstabvim.stability.weights.kernel_normalization import (
     normalize_kernel_stable_rank,
 )
 from mmstabvim.stability.weights.kernel_spectrum import kernel_stable_rank
-from mmstabvim.stability.weights.layers import find_layers, weight_parameter
+from mmstabvim.stability.weights.layers import (
+    WeightPart,
+    find_layers,
+    operator_of,
+    weight_parameter,
+    weight_parts,
+)
 from mmstabvim.stability.weights.stable_rank import (
     normalize_stable_rank,
     stable_rank,
@@ -119,7 +125,7 @@ class StableRankHook(AfterStepHook):
         self.steps = resumed['steps'] if resumed else 0
         if self.steps % self.interval == 0:
             self._project_and_report()
-        weights = [w for group in self._groups for w in group.weights()]
+        weights = [p.whole for g in self._groups for p in g.parts.values()]
         for optimizer in optimizers_with(runner.optim_wrapper, weights):
             self.arm(optimizer, self._after_step)
 
@@ -178,16 +184,19 @@ class StableRankHook(AfterStepHook):
     def _group(self, model: nn.Module) -> list['_Group']:
         """The layers by shape and target; none before training."""
         length = self.length or _token_count(model)
-        groups: dict[tuple, dict[str, nn.Module]] = {}
+        groups: dict[tuple, dict[str, WeightPart]] = {}
         for name, share in self._shares.items():
             layer = model.get_submodule(name)
-            weight = weight_parameter(layer)
             matrix = _acts_as_matrix(name, layer)
-            taps = tuple(weight.shape[2:])
-            size = None if matrix else _grid(name, length, taps)
-            rank = _target_rank(name, weight, share, size)
-            key = rank, size, weight.shape, weight.dtype, weight.device
-            groups.setdefault(key, {})[name] = layer
+            parts = weight_parts(name, layer, weight_parameter(layer))
+            for part, whole in parts.items():
+                weight = whole.view()
+                # the taps of a depthwise kernel, with or without an axis of 1
+                taps = tuple(weight.shape[1 + (weight.dim() > 2) :])
+                size = None if matrix else _grid(name, length, taps)
+                rank = _target_rank(part, weight, share, size)
+                key = rank, size, weight.shape, weight.dtype, weight.device
+                groups.setdefault(key, {})[part] = whole
         return [_Group(members, *key[:2]) for key, members in groups.items()]
 
     def _project_and_report(self) -> None:
@@ -198,7 +207,7 @@ class StableRankHook(AfterStepHook):
         for group, old in zip(self._groups, before, strict=True):
             new = group.shares()
             lines.append(
-                f'{len(group.layers)} like {next(iter(group.layers))}: '
+                f'{len(group.parts)} like {next(iter(group.parts))}: '
                 f'{old.min():.3f} to {old.max():.3f}, now {new.min():.3f} '
                 f'to {new.max():.3f}'
             )
@@ -223,19 +232,19 @@ class _Group(NamedTuple):
     """Layers whose weights have one shape and one target.
 
     Attributes:
-        layers (Mapping[str, Module]): By name.
+        parts (Mapping[str, WeightPart]): By layer and direction.
         rank (float): Largest stable rank.
         size (tuple[int, ...] | None): Period of depthwise kernels, None for
             matrices.
     """
 
-    layers: Mapping[str, nn.Module]
+    parts: Mapping[str, WeightPart]
     rank: float
     size: tuple[int, ...] | None
 
     def weights(self) -> list[Tensor]:
-        """The parameters, in the order of the layers."""
-        return [weight_parameter(layer) for layer in self.layers.values()]
+        """View the weights, in the order of the parts."""
+        return [part.view() for part in self.parts.values()]
 
     @torch.no_grad()
     def stack(self) -> Tensor:
@@ -243,9 +252,12 @@ class _Group(NamedTuple):
         stacked = torch.stack(self.weights())
         finite = torch.isfinite(stacked).flatten(1).all(-1)
         if not finite.all():
-            name = list(self.layers)[int(finite.int().argmin())]
+            name = list(self.parts)[int(finite.int().argmin())]
             raise ValueError(f'{name}.weight has a NaN or an infinity')
-        return stacked.flatten(2) if self.size is None else stacked.squeeze(2)
+        if self.size is None:
+            return stacked.flatten(2)
+        # kernels may have an axis of one input channel
+        return stacked.squeeze(2) if stacked.dim() > 3 else stacked
 
     def shares(self) -> Tensor:
         """Stable ranks over the largest possible one, any shape."""
@@ -294,6 +306,8 @@ def _acts_as_matrix(name: str, layer: Any) -> bool:
     """Whether a layer is one matrix for each patch, or depthwise kernels."""
     if isinstance(layer, nn.Linear):
         return True
+    if hasattr(layer, 'weight_operator'):
+        return not operator_of(layer).depthwise
     ones = tuple(1 for _ in layer.kernel_size)
     unpadded = layer.padding in ('valid', tuple(0 for _ in ones))
     if layer.groups == 1 and layer.stride == layer.kernel_size and unpadded:
@@ -335,7 +349,7 @@ def _target_rank(
     """Stable rank that a share stands for."""
     if size is None:
         return max(1.0, share * min(weight.flatten(1).shape))
-    taps = math.prod(weight.shape[2:])
+    taps = math.prod(weight.shape[1 + (weight.dim() > 2) :])
     if share * taps < 1 - 1e-9:
         raise ValueError(
             f'targets must be at least 1 / taps for kernels: {name} has '

@@ -34,7 +34,9 @@ from mmstabvim.stability.weights.layers import (
     find_layers,
     group_layers,
     layer_norms,
+    operator_of,
     project_norms_,
+    weight_names,
     weight_parameter,
 )
 from mmstabvim.stability.weights.parametrizations import (
@@ -135,7 +137,9 @@ class WeightSpectralNormHook(AfterStepHook):
             return
         for name, layer in self._find(runner).items():
             weight = weight_parameter(layer)
-            gain = self.gains[name] = nn.Parameter(weight.new_ones(()))
+            count = operator_of(layer).directions
+            shape = () if count == 1 else (count,)
+            gain = self.gains[name] = nn.Parameter(weight.new_ones(shape))
             optimizers = optimizers_with(runner.optim_wrapper, [weight])
             train_with(optimizers, weight, gain)
 
@@ -213,11 +217,11 @@ class WeightSpectralNormHook(AfterStepHook):
     ) -> None:
         """The bound of each layer; that of the start if this counts."""
         if self.max_norm != 'init':
-            self.bounds = dict.fromkeys(layers, float(self.max_norm))
+            names = weight_names(layers)
+            self.bounds = dict.fromkeys(names, float(self.max_norm))
             return
-        new = {n: layer for n, layer in layers.items() if n not in loaded}
-        norms = {**loaded, **layer_norms(new)}
-        self.bounds = {name: norms[name] for name in layers}
+        norms = {**layer_norms(_unknown(layers, loaded)), **loaded}
+        self.bounds = {name: norms[name] for name in weight_names(layers)}
         zero = [name for name, bound in self.bounds.items() if bound == 0]
         if zero:
             raise ValueError(f"max_norm='init': the norm of {zero} is 0")
@@ -233,7 +237,7 @@ class WeightSpectralNormHook(AfterStepHook):
                     "changed in place, use mode='reparam'"
                 )
         known = loaded.get('bounds', {})
-        new = {n: layer for n, layer in layers.items() if n not in known}
+        new = _unknown(layers, known)
         vectors = dict(loaded.get('vectors', {}))
         groups = group_layers(new)
         if groups:
@@ -283,10 +287,11 @@ class WeightSpectralNormHook(AfterStepHook):
                     "which would keep the free one: use mode='project'"
                 )
             try:
+                bounds = [self.bounds[n] for n in weight_names({name: layer})]
                 parametrize_norm(
                     layer,
                     self.rule,
-                    None if keep else self.bounds[name],
+                    None if keep else bounds,
                     self.steps,
                     gains.get(name),
                 )
@@ -302,6 +307,17 @@ class WeightSpectralNormHook(AfterStepHook):
             layers = find_layers(averaged.module, self.patterns)
             restore(layers, average)
         return {name: live[name] for name in self.names if name in live}
+
+
+def _unknown(
+    layers: Mapping[str, nn.Module], known: Mapping[str, Any]
+) -> dict[str, nn.Module]:
+    """Return the layers of which a weight is not known."""
+    return {
+        name: layer
+        for name, layer in layers.items()
+        if not set(weight_names({name: layer})) <= set(known)
+    }
 
 
 def _check_max_norm(max_norm: float | str) -> None:

@@ -12,9 +12,11 @@ from mmstabvim.stability.inputs import real_dtype
 from mmstabvim.stability.weights.layers import (
     START_STEPS,
     WeightGroup,
+    WeightPart,
     evaluating,
     find_layers,
     group_layers,
+    weight_parts,
 )
 from mmstabvim.stability.weights.norms import power_iteration
 
@@ -103,7 +105,10 @@ class SpectralConstraintLoss(nn.Module):
     def _norms(
         self, group: WeightGroup, layers: Mapping[str, nn.Module]
     ) -> Tensor:
-        weights = torch.stack([_weight(layers[n]) for n in group.names])
+        parts: dict[str, WeightPart] = {}
+        for name, layer in layers.items():
+            parts |= weight_parts(name, layer, _weight(layer))
+        weights = torch.stack([parts[name].view() for name in group.names])
         weights = weights.to(real_dtype(weights))
         operator = group.operator
         if operator.depthwise:

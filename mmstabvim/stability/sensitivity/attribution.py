@@ -218,7 +218,7 @@ def frechet_distance(first: Tensor, second: Tensor) -> Tensor:
     )
     root: Tensor = torch.linalg.svdvals(a @ b.mT).sum()
     distance: Tensor = (means[0] - means[1]).square().sum()
-    distance += a.square().sum() + b.square().sum() - 2 * root
+    distance = distance + a.square().sum() + b.square().sum() - 2 * root
     return distance.clamp(min=0)
 
 

@@ -3,9 +3,9 @@
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def find_layers(
     known = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, KINDS)
+        if isinstance(module, KINDS) or _own_operator(module)
     }
     chosen = set()
     for pattern in patterns:
@@ -112,11 +112,14 @@ class Operator:
         factor (float): The norm of the layer is at most this many times the
             norm of the matrices, and equal to it where the factor is 1.
         depthwise (bool): The layer convolves each channel along a sequence.
+        directions (int): Number of directions whose weights are stored in
+            one, each a layer of its own.
     """
 
     groups: int = 1
     factor: float = 1.0
     depthwise: bool = False
+    directions: int = 1
 
     def matrices(self, weights: Tensor) -> Tensor:
         """Unfold weights (batch, out, in, ...) to (batch, groups, m, n)."""
@@ -143,11 +146,55 @@ class Operator:
         return start_vector(size, weights).expand(batch, self.groups, size)
 
 
+def _own_operator(layer: nn.Module) -> Operator | None:
+    """Return what a layer of another kind says of itself."""
+    operator = getattr(layer, 'weight_operator', None)
+    return operator if isinstance(operator, Operator) else None
+
+
+class WeightPart(NamedTuple):
+    """Weight of one direction of a layer.
+
+    It is viewed anew at each use, as the data of a parameter may be replaced.
+    """
+
+    whole: Tensor  # (directions * out, ...)
+    number: int
+    directions: int
+
+    def view(self) -> Tensor:
+        """Return the weight, (out, ...), which can be changed in place."""
+        split = torch.unflatten(self.whole, 0, (self.directions, -1))
+        return split[self.number]
+
+
+def weight_parts(
+    name: str, layer: nn.Module, weight: Tensor
+) -> dict[str, WeightPart]:
+    """Split a layer's weight into its directions.
+
+    Args:
+        name (str): Name of the layer.
+        layer (nn.Module): Linear or convolution, or one with an attribute
+            ``weight_operator``.
+        weight (Tensor): Its weight.
+
+    Returns:
+        dict[str, WeightPart]: By name; that of the layer where there is one
+        direction, ``'name.0'`` and so on else.
+    """
+    count = operator_of(layer).directions
+    if count == 1:
+        return {name: WeightPart(weight, 0, 1)}
+    return {f'{name}.{k}': WeightPart(weight, k, count) for k in range(count)}
+
+
 def operator_of(layer: nn.Module) -> Operator:
     """Describe the linear map of a layer's weight.
 
     Args:
-        layer (nn.Module): Linear or convolution.
+        layer (nn.Module): Linear or convolution, or one that describes
+            itself by an attribute ``weight_operator``.
 
     Returns:
         Operator: Its norms are exact for a linear layer and for patches that
@@ -160,6 +207,9 @@ def operator_of(layer: nn.Module) -> Operator:
     """
     if isinstance(layer, nn.Linear):
         return Operator()
+    own = _own_operator(layer)
+    if own is not None:
+        return own
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         raise TypeError(
             'layer must be linear or a convolution, got '
@@ -228,7 +278,20 @@ def layer_norms(layers: Mapping[str, nn.Module]) -> dict[str, float]:
     norms: dict[str, float] = {}
     for group in group_layers(layers):
         norms.update(zip(group.names, group.norms().tolist(), strict=True))
-    return {name: norms[name] for name in layers}
+    return {name: norms[name] for name in weight_names(layers)}
+
+
+def weight_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    """Name the weights of layers, one for each direction.
+
+    Args:
+        layers (Mapping[str, nn.Module]): Layers by name.
+    """
+    return [
+        direction
+        for name, layer in layers.items()
+        for direction in weight_parts(name, layer, weight_parameter(layer))
+    ]
 
 
 def group_layers(layers: Mapping[str, nn.Module]) -> list['WeightGroup']:
@@ -239,17 +302,21 @@ def group_layers(layers: Mapping[str, nn.Module]) -> list['WeightGroup']:
             :func:`find_layers`.
 
     Returns:
-        list[WeightGroup]: Groups that together hold each layer once.
+        list[WeightGroup]: Groups that together hold each direction of each
+        layer once.
 
     Raises:
         TypeError: If a layer is neither linear nor a convolution.
     """
-    groups: dict[tuple[Any, ...], dict[str, Tensor]] = {}
+    groups: dict[tuple[Any, ...], dict[str, WeightPart]] = {}
     for name, layer in layers.items():
-        weight = current_weight(layer)
-        key = operator_of(layer), weight.shape, weight.dtype, weight.device
-        groups.setdefault(key, {})[name] = weight
-    return [WeightGroup(key[0], weights) for key, weights in groups.items()]
+        operator = replace(operator_of(layer), directions=1)
+        parts = weight_parts(name, layer, current_weight(layer))
+        for direction, part in parts.items():
+            weight = part.view()
+            key = operator, weight.shape, weight.dtype, weight.device
+            groups.setdefault(key, {})[direction] = part
+    return [WeightGroup(key[0], parts) for key, parts in groups.items()]
 
 
 class WeightGroup:
@@ -259,19 +326,19 @@ class WeightGroup:
 
     Args:
         operator (Operator): Linear map of the weights.
-        weights (Mapping[str, Tensor]): Weights by the names of their layers;
-            the tensors are projected in place, without gradient.
+        parts (Mapping[str, WeightPart]): Weights by the names of their layers
+            and directions; they are projected in place, without gradient.
     """
 
     def __init__(
-        self, operator: Operator, weights: Mapping[str, Tensor]
+        self, operator: Operator, parts: Mapping[str, WeightPart]
     ) -> None:
         self.operator = operator
-        self.names, self.weights = tuple(weights), tuple(weights.values())
+        self.names, self.parts = tuple(parts), tuple(parts.values())
         self.u = operator.start(self._stack()).clone()
 
     def _stack(self) -> Tensor:
-        stacked = torch.stack([weight.detach() for weight in self.weights])
+        stacked = torch.stack([part.view().detach() for part in self.parts])
         return stacked.to(real_dtype(stacked))
 
     @property
@@ -324,8 +391,8 @@ class WeightGroup:
     @torch.no_grad()
     def divide_(self, divisors: Tensor) -> None:
         """Divide each weight by its divisor, in place."""
-        for weight, divisor in zip(self.weights, divisors, strict=True):
-            weight.div_(divisor)
+        for part, divisor in zip(self.parts, divisors, strict=True):
+            part.view().div_(divisor)
 
 
 def project_norms_(

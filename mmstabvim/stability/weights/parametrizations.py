@@ -7,7 +7,8 @@ divides by the norm of one matrix, PyTorch's own ``spectral_norm`` computes it.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -50,22 +51,34 @@ class EstimatedNorm(nn.Module):
         self, operator: Operator, weight: Tensor, steps: int = 1
     ) -> None:
         super().__init__()
-        self.operator, self.steps = operator, steps
+        self.operator = replace(operator, directions=1)
+        self.directions, self.steps = operator.directions, steps
         if not operator.depthwise:
             matrix = self._matrix(weight.detach())
-            self.register_buffer('u', operator.start(weight[None])[0].clone())
-            self.register_buffer('v', torch.zeros_like(matrix[:, 0]))
+            self.register_buffer('u', self._start(weight).clone())
+            self.register_buffer('v', torch.zeros_like(matrix[..., 0, :]))
         self.restart(weight)
+
+    def _split(self, weight: Tensor) -> Tensor:
+        """View the weight with a first axis of directions."""
+        return torch.unflatten(weight, 0, (self.directions, -1))
+
+    def _join(self, x: Tensor) -> Tensor:
+        """Leave out the first axis where there is one direction."""
+        return x[0] if self.directions == 1 else x
+
+    def _start(self, weight: Tensor) -> Tensor:
+        return self._join(self.operator.start(self._split(weight)))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         wide = weight.to(real_dtype(weight))
-        return self.operator.matrices(wide[None])[0]
+        return self._join(self.operator.matrices(self._split(wide)))
 
     @torch.no_grad()
     def restart(self, weight: Tensor) -> None:
         """Restart power iteration, for another weight."""
         if not self.operator.depthwise:
-            self.u.copy_(self.operator.start(weight[None])[0])
+            self.u.copy_(self._start(weight))
             self._iterate(self._matrix(weight), START_STEPS)
 
     def _iterate(self, matrix: Tensor, steps: int) -> None:
@@ -74,16 +87,32 @@ class EstimatedNorm(nn.Module):
         self.v.copy_(v)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the norm, a scalar, float32 or wider."""
+        """Return the norm, a scalar or (directions,), float32 or wider."""
         if self.operator.depthwise:
-            return self.operator.norms(weight[None])[0]
+            return self._join(self.operator.norms(self._split(weight)))
         matrix = self._matrix(weight)
         if self.training:
             self._iterate(matrix, self.steps)
         # the graph keeps them, and the next forward pass changes the buffers
         u, v = self.u.clone(), self.v.clone()
-        sigma = (u[:, None] @ matrix @ v[..., None]).amax()
+        sigma = (u[..., None, :] @ matrix @ v[..., None]).amax((-3, -2, -1))
         return self.operator.factor * sigma
+
+
+def rows_of(values: Tensor, weight: Tensor) -> Tensor:
+    """Repeat the value of each direction for its rows of a weight.
+
+    Args:
+        values (Tensor): Scalar or (directions,).
+        weight (Tensor): (directions * out, ...).
+
+    Returns:
+        Tensor: A scalar, or what broadcasts against ``weight``.
+    """
+    if values.dim() == 0:
+        return values
+    rows = values.repeat_interleave(len(weight) // len(values))
+    return rows.view(-1, *[1] * (weight.dim() - 1))
 
 
 class BoundedWeight(nn.Module):
@@ -91,18 +120,23 @@ class BoundedWeight(nn.Module):
 
     Args:
         norm (EstimatedNorm): Norm of the weight.
-        max_norm (float): Largest norm allowed, > 0.
+        max_norm (Tensor): Largest norm allowed, > 0, scalar or (directions,).
     """
 
-    def __init__(self, norm: EstimatedNorm, max_norm: float) -> None:
+    max_norm: Tensor
+
+    def __init__(self, norm: EstimatedNorm, max_norm: Tensor) -> None:
         super().__init__()
-        self.norm, self.max_norm = norm, max_norm
+        self.norm = norm
+        self.register_buffer('max_norm', max_norm, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Bound the norm of a weight, same shape and dtype."""
         with torch.autocast(weight.device.type, enabled=False):
             ratio = self.norm(weight) / self.max_norm
-            return (weight / radius_scale(ratio, 1.0)).to(weight.dtype)
+            return (weight / rows_of(radius_scale(ratio, 1.0), weight)).to(
+                weight.dtype
+            )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the weight: one within the bound maps to itself."""
@@ -125,7 +159,7 @@ class UnitWeight(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             norm = self.norm(weight)
             norm = torch.where(norm == 0, 1.0, norm)
-            return (weight / norm).to(weight.dtype)
+            return (weight / rows_of(norm, weight)).to(weight.dtype)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the weight: one of norm 1 maps to itself."""
@@ -168,7 +202,7 @@ class Gain(nn.Module):
     """Parametrization ``gain * weight``.
 
     Args:
-        gain (Tensor): Scalar; a parameter is learned.
+        gain (Tensor): Scalar or (directions,); a parameter is learned.
     """
 
     gain: Tensor
@@ -182,13 +216,13 @@ class Gain(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Multiply by the gain, same shape and dtype."""
-        return (self.gain * weight).to(weight.dtype)
+        return (rows_of(self.gain, weight) * weight).to(weight.dtype)
 
 
 def parametrize_norm(
     layer: nn.Module,
     rule: str = 'bound',
-    max_norm: float | None = 1.0,
+    max_norm: float | Sequence[float] | None = 1.0,
     steps: int = 1,
     gain: nn.Parameter | None = None,
 ) -> None:
@@ -206,11 +240,13 @@ def parametrize_norm(
             ``'divide'`` for ``max_norm W / norm`` (arXiv:1802.05957, Eq. 8),
             ``'learned'`` for ``gain W / norm`` with a trained gain
             (arXiv:2303.06296). Defaults to ``'bound'``.
-        max_norm (float, optional): Bound, norm, or initial value of the
-            gain, > 0; None for the norm of the weight. Defaults to 1.0.
+        max_norm (float | Sequence[float], optional): Bound, norm, or initial
+            value of the gain, > 0, for all directions of the layer or for
+            each; None for the norm of the weight. Defaults to 1.0.
         steps (int): Power iterations per forward pass, >= 1. Defaults to 1.
-        gain (nn.Parameter, optional): Scalar used as the learned gain; its
-            value is overwritten. Defaults to None, for a new parameter.
+        gain (nn.Parameter, optional): Learned gain, a scalar, or
+            (directions,) for a layer with several; its value is overwritten.
+            Defaults to None, for a new parameter.
 
     Raises:
         TypeError: If the layer is neither linear nor a convolution.
@@ -226,7 +262,7 @@ def parametrize_norm(
                 [0.0000, 0.5000]])
     """
     check_choice('rule', rule, PARAMETRIZED_RULES)
-    if max_norm is not None and not max_norm > 0:
+    if max_norm is not None and not torch.all(torch.as_tensor(max_norm) > 0):
         raise ValueError(f'max_norm must be positive, got {max_norm}')
     if parametrize.is_parametrized(layer, 'weight'):
         raise ValueError('the weight is parametrized already')
@@ -235,27 +271,45 @@ def parametrize_norm(
         raise ValueError('the weight is zero: it has no norm to divide by')
     operator = operator_of(layer)
     norm = EstimatedNorm(operator, weight, steps).train(layer.training)
-    target = max_norm or float(operator.norms(weight[None]))
+    target = _targets(max_norm, norm, weight)
     if rule == 'bound':
         bounded = BoundedWeight(norm, target)
         parametrize.register_parametrization(layer, 'weight', bounded)
     else:
         _normalize(layer, norm)
     if rule == 'learned':
-        gain = nn.Parameter(weight.new_empty(())) if gain is None else gain
+        if gain is None:
+            gain = nn.Parameter(torch.empty_like(target, dtype=weight.dtype))
         _append(layer, Gain(gain))
-        gain.data.fill_(target)
+        gain.data.copy_(target)
         if max_norm is None:
             _keep_weight(_parametrizations(layer), gain)
-    elif rule == 'divide' and target != 1:
-        _append(layer, Gain(weight.new_tensor(target)))
+    elif rule == 'divide' and bool((target != 1).any()):
+        _append(layer, Gain(target.to(weight.dtype)))
     register = cast(Any, layer)._register_load_state_dict_pre_hook
     register(_accept_plain, with_module=True)
 
 
+@torch.no_grad()
+def _targets(
+    max_norm: float | Sequence[float] | None,
+    norm: EstimatedNorm,
+    weight: Tensor,
+) -> Tensor:
+    """Bring bounds to a scalar, or (directions,) where there are several."""
+    shape = () if norm.directions == 1 else (norm.directions,)
+    if max_norm is None:
+        parts = torch.unflatten(weight, 0, (norm.directions, -1))
+        return norm.operator.norms(parts).reshape(shape)
+    wide = torch.as_tensor(max_norm, dtype=real_dtype(weight))
+    return (
+        wide.to(weight.device).expand(norm.directions).reshape(shape).clone()
+    )
+
+
 def _normalize(layer: nn.Module, norm: EstimatedNorm) -> None:
     """Divide the weight by its norm, by PyTorch's own function if it fits."""
-    if norm.operator != Operator():
+    if norm.operator != Operator() or norm.directions > 1:
         unit = UnitWeight(norm)
         parametrize.register_parametrization(layer, 'weight', unit)
         return
@@ -359,4 +413,7 @@ def _keep_weight(
     """Set the gain so that the computed weight equals its original."""
     gain.fill_(1.0)
     with evaluating(parametrization):
-        gain.copy_(parametrization.original.norm() / parametrization().norm())
+        shape = (max(gain.numel(), 1), -1)
+        wanted = torch.reshape(parametrization.original, shape).norm(dim=1)
+        found = parametrization().reshape(shape).norm(dim=1)
+        gain.copy_((wanted / found).reshape(gain.shape))

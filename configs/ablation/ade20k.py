@@ -1,0 +1,27 @@
+# `python tools/ablation.py run configs/ablation/ade20k.py`:
+# eight combinations of stabilizers on three state matrices.
+title = 'Stabilizers on ADE20K'
+metric = 'mIoU'
+more_metrics = ['aAcc', 'IoU/*']
+baseline = dict(stabilizers='none')
+seeds = [0]
+
+_matrices = {
+    'neg_exp': {},
+    'signed': {'model.backbone.state_matrix.type': 'signed'},
+    'full': {
+        'model.backbone.state_matrix.type': 'full',
+        'model.backbone.state_matrix.groups': 8,
+    },
+}
+_stabilizers = {
+    name: f'../_base_/stabilizers/{name}.py'
+    for name in ('none', 'sn', 'ec', 'sp', 'sn_ec', 'sn_sp', 'ec_sp', 'all')
+}
+
+groups = [
+    dict(
+        configs='../upernet/vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py',
+        labels=dict(matrix=_matrices, stabilizers=_stabilizers),
+    ),
+]

@@ -1,5 +1,0 @@
-_base_ = [
-    '../../upernet/vim-tiny-p16_upernet_8xb4-60k_ade20k-512x512.py',
-    '../../_base_/stabilizers/sp.py',
-]
-model = dict(backbone=dict(state_matrix=dict(type='signed')))

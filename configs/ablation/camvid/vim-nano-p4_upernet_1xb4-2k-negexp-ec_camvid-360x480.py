@@ -1,4 +1,0 @@
-_base_ = [
-    '../../upernet/vim-nano-p4_upernet_1xb4-2k_camvid-360x480.py',
-    '../../_base_/stabilizers/ec.py',
-]

@@ -1,4 +1,0 @@
-_base_ = [
-    './vim-nano-p4_1xb64-10e_cifar10-subset.py',
-    '../../_base_/stabilizers/weight_sn.py',
-]

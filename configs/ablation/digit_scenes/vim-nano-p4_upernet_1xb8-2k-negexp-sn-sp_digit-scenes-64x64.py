@@ -1,4 +1,0 @@
-_base_ = [
-    '../../upernet/vim-nano-p4_upernet_1xb8-2k_digit-scenes-64x64.py',
-    '../../_base_/stabilizers/sn_sp.py',
-]

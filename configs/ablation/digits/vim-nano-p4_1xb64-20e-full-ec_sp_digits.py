@@ -1,0 +1,6 @@
+_base_ = './vim-nano-p4_1xb64-20e-full-none_digits.py'
+
+default_hooks = dict(
+    ec=dict(type='mmstabvim.EigenvalueClampingHook', eps=0.01),
+    sp=dict(type='mmstabvim.StabilityLossHook', eps=0.01, reduction='mean'),
+)

@@ -1,7 +1,0 @@
-_base_ = [
-    '../../vim/vim-nano-p4_1xb64-20e_digits.py',
-    '../../_base_/stabilizers/sn_ec.py',
-]
-model = dict(
-    backbone=dict(state_matrix=dict(type='full', groups=4)),
-)

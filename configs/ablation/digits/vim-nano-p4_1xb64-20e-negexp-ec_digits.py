@@ -1,4 +1,0 @@
-_base_ = [
-    '../../vim/vim-nano-p4_1xb64-20e_digits.py',
-    '../../_base_/stabilizers/ec.py',
-]

@@ -1,4 +1,0 @@
-_base_ = [
-    '../../vim/vim-tiny-p16_8xb128_in1k.py',
-    '../../_base_/stabilizers/sn_ec.py',
-]
