@@ -106,14 +106,10 @@ ONEDL = [
     'regex',
 ]
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'timm>=1.0']
-DEV = [
-    'ruff>=0.12',
-    'mypy>=1.11',
-    'codespell>=2.3',
-    'pytest-cov>=7',
-    'pre-commit>=3.5',
-]
+DEV = ['ruff>=0.12', 'mypy>=1.11', 'pre-commit>=3.5']
+CHECKS = ['codespell>=2.3', 'pytest-cov>=7']
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo>=2024.8', 'sphinx-copybutton']
+
 
 setup(
     name='mmstabvim',
@@ -163,7 +159,7 @@ setup(
         'openmmlab': OPENMMLAB,
         'onedl': ONEDL,
         'test': TEST,
-        'dev': [*TEST, *DEV],
+        'dev': [*TEST, *DEV, *CHECKS],
         'docs': DOCS,
     },
 )
