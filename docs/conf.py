@@ -39,7 +39,12 @@ extensions = [
     'sphinx_copybutton',
 ]
 # tables that other pages show
-TABLES = ['ablation/*/tables/*', 'sensitivity/*.md', 'sensitivity/*/*.md']
+TABLES = [
+    'ablation/*/tables/*',
+    'sensitivity/*.md',
+    'sensitivity/*/*.md',
+    'spectra/ptd/*.md',
+]
 exclude_patterns = ['_build', *TABLES]
 
 myst_enable_extensions = ['dollarmath']
