@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ def _gpu() -> str:
 
 
 def shims() -> Lines:
-    """Tell which shims of OpenMMLab are active."""
+    """List the shims of OpenMMLab and their state."""
     if not stack.installed('mmengine'):
         yield 'none', 'MMEngine is not installed: none is needed'
         return
@@ -156,7 +156,7 @@ def shims() -> Lines:
 
 
 def compiled() -> Lines:
-    """Tell the compiler, the cache and whether the C++ kernels are there."""
+    """Describe the compiler, the cache and the state of the C++ kernels."""
     yield 'cache folder', str(native._cache_folder())
     if not native.enabled():
         yield 'C++ kernels', f'off ({native.ENVIRONMENT_VARIABLE}=0)'
@@ -185,7 +185,7 @@ def backends() -> Lines:
 
 
 def _has_fused() -> bool:
-    """Tell whether the C++ kernels are built and allowed."""
+    """Tell if the C++ kernels are built and allowed."""
     return native.enabled() and fused_scan.library() is not None
 
 
@@ -201,32 +201,21 @@ def _calls(
     weight = torch.randn(33, 4, device=device)
 
     def scan(name: str) -> Any:
-        inputs = (u, delta, A, B, C, None, z, bias)
+        inputs: tuple[Any, ...] = (u, delta, A, B, C, None, z, bias)
+        if name == 'fused':  # for a CPU only
+            inputs = tuple(None if x is None else x.cpu() for x in inputs)
         wanted = selective_scan(*inputs, backend='reference')
         return selective_scan(*inputs, backend=name), wanted
 
+    def convolve(name: str) -> Any:
+        inputs = (u.cpu(), weight.cpu()) if name == 'fused' else (u, weight)
+        return causal_conv1d(*inputs, backend=name), causal_conv1d_ref(*inputs)
+
+    own = 'triton' if device.type == 'cuda' else 'reference'
     for name in ('reference', 'cpu', 'fused', 'triton'):
-        choose = {'fused': 'cpu'}.get(name, name)
-        fused = '1' if name == 'fused' else '0'
-
-        def run(choose: str = choose, fused: str = fused) -> Any:
-            with _environment(native.ENVIRONMENT_VARIABLE, fused):
-                return scan(choose)
-
-        yield 'selective_scan', run, name
-    own = 'triton' if device.type == 'cuda' else 'cpu'
-    for name, conv in (
-        (own, lambda: causal_conv1d(u, weight)),
-        ('fused', lambda: causal_conv1d(u.cpu(), weight.cpu())),
-    ):
-        fused = '1' if name == 'fused' else '0'
-
-        def convolve(conv: Any = conv, fused: str = fused) -> Any:
-            with _environment(native.ENVIRONMENT_VARIABLE, fused):
-                got = conv()
-            return got, causal_conv1d_ref(u, weight).to(got.device)
-
-        yield 'causal_conv1d', convolve, name
+        yield 'selective_scan', partial(scan, name), name
+    for name in (own, 'fused'):
+        yield 'causal_conv1d', partial(convolve, name), name
     ones = torch.ones(33, device=device)
     mean = u.square().mean(-1, keepdim=True)
     yield (
@@ -240,20 +229,6 @@ def _calls(
         lambda: (gated_merge(torch.stack([u, u]), z), u * gate),
         own,
     )
-
-
-@contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable for a while."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _judge(call: Callable[[], tuple[Tensor, Tensor]], device: Any) -> str:

@@ -28,8 +28,6 @@ from mmengine.model import BaseModel, BaseModule
 from mmengine.registry import (
     MODELS,
     OPTIM_WRAPPERS,
-    DefaultScope,
-    Registry,
 )
 from mmengine.runner import (
     CheckpointLoader,
@@ -46,7 +44,12 @@ from mmstabvim.checkpoint import (
     load_checkpoint_tensors,
     load_tensors,
 )
-from mmstabvim.registry import suggest_types
+from mmstabvim.compat import cpu_amp
+from mmstabvim.compat.config_package import (
+    _with_own_path,
+    config_module,
+    hub_module,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 WEIGHT = torch.arange(6.0).reshape(2, 3)
@@ -587,7 +590,7 @@ def test_download_goes_to_the_hub_folder_once(offline, trained, tmp_path):
 
 
 def test_weights_only_false_does_not_open_the_door(evil_file, marker):
-    """As mmengine 0.11 calls it."""
+    """mmengine 0.11 calls it so."""
     with pytest.raises(ValueError, match='refused'):
         mmengine_checkpoint.torch.load(
             evil_file, map_location='cpu', weights_only=False
@@ -737,7 +740,7 @@ def test_amp_refuses_another_dtype(dtype):
 
 
 def test_amp_is_left_alone_with_a_gpu(monkeypatch):
-    monkeypatch.setattr(compat, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(cpu_amp, 'get_device', lambda: 'cuda')
     monkeypatch.setitem(OPTIM_WRAPPERS._module_dict, 'AmpOptimWrapper', None)
     compat.register_cpu_amp()
     assert OPTIM_WRAPPERS._module_dict['AmpOptimWrapper'] is None
@@ -930,7 +933,7 @@ def test_no_gloo_thread_meets_the_end_of_python():
     assert training - end >= 2  # gloo's, whatever else there is
 
 
-# --- configs and names ------------------------------------------------------
+# --- configs ----------------------------------------------------------------
 
 
 def test_package_is_known_to_the_config_loader(tmp_path, monkeypatch):
@@ -951,54 +954,10 @@ def test_package_is_known_to_the_config_loader(tmp_path, monkeypatch):
 
 def test_package_is_found_by_its_import_path():
     """mmengine asks the distribution, which is elsewhere if editable."""
-    own = str(Path(compat.__file__).parent)
-    find = compat._with_own_path(lambda package: f'elsewhere/{package}')
+    own = str(Path(compat.__file__).parents[1])
+    find = _with_own_path(lambda package: f'elsewhere/{package}')
     assert find('mmstabvim') == own
     assert find('mmseg') == 'elsewhere/mmseg'
-    for module in (compat.config_module, compat.hub_module):
+    for module in (config_module, hub_module):
         assert module.get_installed_path('mmstabvim') == own
         assert hasattr(module.get_installed_path, '__wrapped__')
-
-
-def failed_build(type_, scope):
-    overwrite = DefaultScope.overwrite_default_scope
-    with overwrite(scope), pytest.raises(KeyError) as info:
-        MODELS.build({'type': type_})
-    return info.value
-
-
-def test_near_names_of_the_own_scope():
-    error = failed_build('mmstabvim.VisonMamba', 'mmpretrain')
-    assert suggest_types(error).startswith('near names: mmstabvim.VisionMamba')
-
-
-@pytest.mark.parametrize('wanted', ['ImageClasifier', 'imageclassifier'])
-def test_near_names_of_the_host(wanted):
-    error = failed_build(wanted, 'mmpretrain')
-    assert suggest_types(error).startswith('near names: ImageClassifier')
-
-
-def test_near_name_in_another_scope():
-    """A forgotten scope is found, and written with it."""
-    error = failed_build('VisionMamba', 'mmpretrain')
-    assert 'mmstabvim.VisionMamba' in suggest_types(error)
-
-
-def test_near_name_in_a_toolkit_not_yet_imported(tmp_path, monkeypatch):
-    """Its modules are imported; one that does not import is passed over."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(MODELS, '_children', {**MODELS.children})
-    for scope in ('brokenscope', 'toyscope'):
-        locations = [f'{scope}_models']
-        Registry('model', parent=MODELS, scope=scope, locations=locations)
-    (tmp_path / 'toyscope_models.py').write_text(
-        'from mmengine.registry import MODELS\n'
-        'MODELS.children["toyscope"].register_module("ToyNetwork", module=int)'
-    )
-    error = failed_build('ToyNetwrok', None)
-    assert suggest_types(error) == 'near names: toyscope.ToyNetwork'
-
-
-def test_no_near_name():
-    assert suggest_types(failed_build('Qwxyz', None)) is None
-    assert suggest_types(KeyError('another error')) is None

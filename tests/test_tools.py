@@ -16,6 +16,8 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
+from mmstabvim.engine.training_summary import _split_name
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
 
@@ -282,7 +284,7 @@ def test_summary_tells_validation_from_test():
             test_dataloader=dict(dataset=dict(split='test')),
         )
     )
-    assert train.launch._split_name(cfg) == 'Validation set'
+    assert _split_name(cfg) == 'Validation set'
 
 
 def test_work_dir_defaults_to_config_name(config):

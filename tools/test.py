@@ -209,7 +209,7 @@ def load_strictly(load: Callable, *args, **kwargs) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     """Test, then write what ``--out`` asks for."""
     args = parse_args(argv)
-    with launch.clear_errors():
+    with launch.explain_errors():
         cfg = launch.load_config(args)
         launch.require(cfg, 'test_dataloader', 'test_cfg', 'test_evaluator')
         merge_args(cfg, args)

@@ -150,7 +150,7 @@ def set_randomness(cfg: Config, seed: int | None, deterministic: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, then say where the results are."""
     args = parse_args(argv)
-    with launch.clear_errors():
+    with launch.explain_errors():
         cfg = launch.load_config(args)
         launch.require(cfg, 'train_dataloader', 'train_cfg', 'optim_wrapper')
         merge_args(cfg, args)

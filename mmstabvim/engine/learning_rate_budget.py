@@ -1,4 +1,4 @@
-"""How far a training can move a parameter, before it starts."""
+"""Distance by which a training can move a parameter, before it starts."""
 
 import copy
 import logging
@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
 from torch import Tensor
 
+from mmstabvim.engine.runner_access import optim_wrappers
+
 MOST = 3.2
-"""Times the sum of the learning rates that Adam can move a parameter by,
-with its usual betas; about once is usual."""
+"""Largest move of a parameter by Adam with its usual betas, over the sum of
+the learning rates; about 1 is usual."""
 
 
 def adam_budget(runner: Runner, parameters: Iterable[Tensor]) -> float | None:
@@ -25,17 +26,17 @@ def adam_budget(runner: Runner, parameters: Iterable[Tensor]) -> float | None:
 
     Args:
         runner (Runner): About to train, with optimizer and schedules.
-        parameters (Iterable[Tensor]): Of one group of the optimizer.
+        parameters (Iterable[Tensor]): Parameters of one optimizer group.
 
     Returns:
         float | None: The sum; None for other optimizers, and where it cannot
         be known before.
     """
-    wrapper = runner.optim_wrapper
+    wrappers = optim_wrappers(runner.optim_wrapper)
     schedulers = runner.param_schedulers or []
-    if isinstance(wrapper, OptimWrapperDict) or isinstance(schedulers, dict):
+    if len(wrappers) > 1 or isinstance(schedulers, dict):
         return None
-    optimizer = wrapper.optimizer
+    optimizer = wrappers[0].optimizer
     if 'adam' not in type(optimizer).__name__.lower():
         return None
     wanted = {id(p) for p in parameters}
@@ -79,12 +80,12 @@ def _sum(
 def say_if_out_of_reach(
     runner: Runner, what: str, matrices: Mapping[str, Any], real: float
 ) -> None:
-    """Say whether training can bring an eigenvalue to a border.
+    """Log if training can bring an eigenvalue to a border.
 
     Args:
         runner (Runner): About to train.
-        what (str): Who acts beyond the border.
-        matrices (Mapping[str, StateMatrix]): By name.
+        what (str): Name of the hook that acts beyond the border.
+        matrices (Mapping[str, StateMatrix]): State matrices, by name.
         real (float): Real part of the border, 1/step.
     """
     distances = {n: m.distance_to(real) for n, m in matrices.items()}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmstabvim.ops import causal_conv1d_directions
+from mmstabvim.ops.backend import nearest
 from mmstabvim.stability.weights.layers import Operator
 
 
@@ -68,6 +69,8 @@ class DirectionalConv1d(nn.Module):
         width (int): Taps, tokens.
         reverse (Sequence[bool]): For each direction, look at the tokens that
             follow instead of those before.
+        backend (str): Backend of the model's operators. Defaults to
+            ``'auto'``.
 
     Attributes:
         weight (Parameter): (K * channels, width), the last tap at the token
@@ -76,10 +79,15 @@ class DirectionalConv1d(nn.Module):
     """
 
     def __init__(
-        self, channels: int, width: int, reverse: Sequence[bool]
+        self,
+        channels: int,
+        width: int,
+        reverse: Sequence[bool],
+        backend: str = 'auto',
     ) -> None:
         super().__init__()
         self.channels, self.reverse = channels, tuple(reverse)
+        self.backend = backend
         self.directions = len(self.reverse)
         rows = self.directions * channels
         self.weight = nn.Parameter(torch.empty(rows, width))
@@ -106,6 +114,7 @@ class DirectionalConv1d(nn.Module):
             self.bias.unflatten(0, (self.directions, -1)),
             self.reverse,
             activation=activation,
+            backend=nearest('causal_conv1d', self.backend),
         )
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from mmstabvim.layers.earlier_layout import stack_directions
 from mmstabvim.layers.scan_order import BIDIRECTIONAL, ScanOrder
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.ops import gated_merge
+from mmstabvim.ops.backend import nearest
 
 
 class DirectionWeights(NamedTuple):
@@ -39,7 +40,9 @@ class MambaMixer(nn.Module):
         dt_rank (int | str): Rank of the step size's projection; ``'auto'`` is
             ``ceil(d_model / 16)``. Defaults to ``'auto'``.
         order (ScanOrder): Directions. Defaults to forward and backward.
-        **ssm (Any): ``state_matrix``, ``b_disc``, ``backend`` of
+        backend (str): Backend of the operators; those without it take the
+            next slower one. Defaults to ``'auto'``.
+        **ssm (Any): ``state_matrix`` and ``b_disc`` of
             :class:`SelectiveSSM`.
 
     Weights of checkpoints of the earlier layout, whose directions were
@@ -57,6 +60,7 @@ class MambaMixer(nn.Module):
         expand: int = 2,
         dt_rank: int | str = 'auto',
         order: ScanOrder = BIDIRECTIONAL,
+        backend: str = 'auto',
         **ssm: Any,
     ) -> None:
         super().__init__()
@@ -68,15 +72,25 @@ class MambaMixer(nn.Module):
             )
         d_inner = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv1d = DirectionalConv1d(d_inner, d_conv, order.reverse)
-        self.ssm = SelectiveSSM(d_inner, d_state, dt_rank, order, **ssm)
+        self.backend = backend
+        self.conv1d = DirectionalConv1d(
+            d_inner, d_conv, order.reverse, backend
+        )
+        self.ssm = SelectiveSSM(
+            d_inner, d_state, dt_rank, order, backend=backend, **ssm
+        )
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
         self.register_load_state_dict_pre_hook(_join_directions)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens (batch, length, d_model)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(gated_merge(self.ssm(self.conv1d(x)), z))
+        merged = self.merge(self.ssm(self.conv1d(x)), z)
+        return self.out_proj(merged)
+
+    def merge(self, y: Tensor, z: Tensor) -> Tensor:
+        """Average the directions (K, batch, length, d_inner) and gate them."""
+        return gated_merge(y, z, backend=nearest('gated_merge', self.backend))
 
     def direction_weights(self) -> list[DirectionWeights]:
         """View the weights of each direction."""

@@ -14,7 +14,6 @@ from mmstabvim.layers.mamba_mixer import DirectionWeights, MambaMixer
 from mmstabvim.layers.rms_norm import RMSNorm
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.layers.state_matrix import Full, ScanMatrices, StateMatrix
-from mmstabvim.ops import gated_merge
 from mmstabvim.ops.selective_scan.discretization import phi1
 from mmstabvim.stability.ranges.certified import (
     Interval,
@@ -283,7 +282,7 @@ def trace_mixer(mixer: MambaMixer, normed: Tensor) -> MixerRanges:
     if system is not None:
         tensors |= _trace_states(ssm, u, tensors['delta'], system)
     tensors['y'] = ssm(mixer.conv1d(x))
-    merged = gated_merge(tensors['y'], z)
+    merged = mixer.merge(tensors['y'], z)
     shared = dict(normed=normed, x=x, z=z, merged=merged)
     shared['out'] = mixer.out_proj(merged)
     count = ssm.order.directions

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmstabvim.ops import add_rms_norm, rms_norm
-from mmstabvim.ops.backend import autocast_dtype
+from mmstabvim.ops.backend import autocast_dtype, nearest
 
 
 class RMSNorm(nn.Module):
@@ -13,16 +13,22 @@ class RMSNorm(nn.Module):
     Args:
         dim (int): Channels.
         eps (float): Added to the mean square. Defaults to 1e-5.
+        backend (str): Backend of the model's operators. Defaults to
+            ``'auto'``.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+    def __init__(
+        self, dim: int, eps: float = 1e-5, backend: str = 'auto'
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.eps, self.backend = eps, backend
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (..., dim) in float32; the result has weight's dtype."""
-        return rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
+        backend = nearest('rms_norm', self.backend)
+        normed = rms_norm(x, self.weight, self.eps, backend=backend)
+        return normed.to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Show the size in the module's repr."""
@@ -54,4 +60,11 @@ class AddRMSNorm(RMSNorm):
         dtype = self.weight.dtype
         if hidden.is_cuda and dtype != torch.float64:
             dtype = autocast_dtype(hidden.device) or dtype
-        return add_rms_norm(hidden, residual, self.weight, self.eps, dtype)
+        return add_rms_norm(
+            hidden,
+            residual,
+            self.weight,
+            self.eps,
+            dtype,
+            backend=nearest('add_rms_norm', self.backend),
+        )

@@ -120,8 +120,9 @@ class SelectiveSSM(nn.Module):
         backend, dtype = self.backend, u.dtype
         if system.A.dtype == torch.complex128:
             u, delta = u.double(), delta.double()
-            if u.is_cuda and backend == 'auto':
-                backend = _in_double()
+            if backend != 'reference':  # the kernels compute in float32
+                backend = 'cpu'
+                _say_double(u.device.type)
         y = selective_scan_directions(
             u,
             delta,
@@ -156,13 +157,12 @@ class SelectiveSSM(nn.Module):
 
 
 @functools.cache
-def _in_double() -> str:
-    """Return the backend of a GPU for double precision."""
-    print_log(
-        'the eigenvectors of a full state matrix need complex128, which the '
-        'Triton kernels do not have: its layers run with PyTorch operations, '
-        'many times slower. EigenvalueClampingHook keeps the condition number '
-        'below kappa_max',
-        level=logging.WARNING,
-    )
-    return 'cpu'
+def _say_double(device: str) -> None:
+    if device == 'cuda':
+        print_log(
+            'the eigenvectors of a full state matrix need complex128, which '
+            'the Triton kernels do not have: its layers run with PyTorch '
+            'operations, many times slower. EigenvalueClampingHook keeps the '
+            'condition number below kappa_max',
+            level=logging.WARNING,
+        )

@@ -22,15 +22,20 @@ class VisionMambaBlock(nn.Module):
         d_model (int): Channels of the tokens.
         drop_path (float): Probability of dropping the *incoming* mixer
             output, per sample. Defaults to 0.0.
-        **mixer (Any): Arguments of :class:`MambaMixer`.
+        backend (str): Backend of the operators. Defaults to ``'auto'``.
+        **mixer (Any): Further arguments of :class:`MambaMixer`.
     """
 
     def __init__(
-        self, d_model: int, drop_path: float = 0.0, **mixer: Any
+        self,
+        d_model: int,
+        drop_path: float = 0.0,
+        backend: str = 'auto',
+        **mixer: Any,
     ) -> None:
         super().__init__()
-        self.norm = AddRMSNorm(d_model)
-        self.mixer = MambaMixer(d_model, **mixer)
+        self.norm = AddRMSNorm(d_model, backend=backend)
+        self.mixer = MambaMixer(d_model, backend=backend, **mixer)
         self.drop_path = DropPath(drop_path)
 
     def forward(

@@ -39,7 +39,7 @@ _IMPORTING_PROCESS = os.getpid()
 
 
 def enabled() -> bool:
-    """Whether the environment allows C++ kernels, asked at each call."""
+    """Tell if the environment allows C++ kernels, asked at each call."""
     return os.environ.get(ENVIRONMENT_VARIABLE, '1') != '0'
 
 
@@ -93,7 +93,7 @@ def _compiler() -> list[str]:
 
 
 def _cache_folder() -> Path:
-    """Where builds are cached; the folder exists afterwards."""
+    """Return the build cache folder, creating it if needed."""
     base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     folder = Path(base, 'mmstabvim')
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _key(compiler: list[str], source: Path) -> str:
 
 
 def _cpu_model() -> list[str]:
-    """What ``-march=native`` looks at: machines may share a home folder."""
+    """Describe what ``-march=native`` depends on; homes may be shared."""
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     wanted = ('model name', 'flags', 'CPU part', 'Features')
@@ -123,7 +123,7 @@ def _cpu_model() -> list[str]:
 
 
 def _intact(path: Path) -> bool:
-    """Whether the file is there and ends in the digest of what precedes.
+    """Tell if the file is there and ends in the digest of the rest.
 
     Loading a truncated library could kill the process.
     """

@@ -18,31 +18,6 @@ def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(absent, reason='no GPU')(test))
 
 
-def assert_close(actual, plain, exact, eps, sums=(), terms=1):
-    """At most twice the error of plain PyTorch in the same dtype, by name.
-
-    ``sums`` of that many ``terms``, each about 1, may cancel.
-    """
-    assert actual.keys() == exact.keys()
-    for name, wanted in exact.items():
-        assert actual[name].dtype == plain[name].dtype, name
-        assert actual[name].shape == wanted.shape, name
-        scale = wanted.abs().max()
-        if name in sums:
-            scale = scale.clamp(min=terms**0.5)
-        error = (actual[name] - wanted).abs().max()
-        bound = 2 * (plain[name] - wanted).abs().max() + 2 * eps * scale
-        assert error <= bound, f'{name}: {error:.2e} > {bound:.2e}'
-
-
-def assert_equal(actual, wanted):
-    """The same bits, by name."""
-    assert actual.keys() == wanted.keys()
-    for name, x in wanted.items():
-        assert actual[name].dtype == x.dtype, name
-        assert torch.equal(actual[name], x), name
-
-
 def sparse(shape, strides, dtype=torch.float16):
     """A tensor of zeros that spans more memory than there is."""
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
@@ -53,11 +28,6 @@ def sparse(shape, strides, dtype=torch.float16):
         flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve,
     )
     return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
-
-
-def copied(x):
-    """Without the strides."""
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def compile_kernel(kernel, pointers, constants, architecture, **options):

@@ -1,119 +1,192 @@
-"""Which way the operators around the scan take, shown without a GPU."""
+"""Who decides on a backend, for every operator; shown without a GPU."""
 
-import functools
+import logging
 import subprocess
 import sys
 
 import pytest
 import torch
+from operator_tester import TESTERS, convert
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmstabvim.layers.rms_norm import AddRMSNorm
-from mmstabvim.ops import (
-    add_rms_norm,
-    backend,
-    causal_conv1d,
-    causal_conv1d_directions,
-    gated_merge,
-    rms_norm,
-)
+from mmstabvim.ops import backend, native
+from mmstabvim.ops.causal_conv1d import fused as fused_conv
+from mmstabvim.ops.selective_scan import fused as fused_scan
 
 GPU, CPU = torch.device('cuda', 0), torch.device('cpu')
 
+every_operator = pytest.mark.parametrize('name', TESTERS)
+
 
 @pytest.fixture(autouse=True)
-def triton_found(monkeypatch):
-    """Triton seems to be there, and no backend is forced."""
-    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+def nothing_forced(monkeypatch):
+    """Compiler and triton seem to be there; nothing was said before."""
+    for variable in (
+        backend.ENVIRONMENT_VARIABLE,
+        native.ENVIRONMENT_VARIABLE,
+    ):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(backend, 'has_triton', lambda: True)
+    monkeypatch.setattr(backend, '_said', set())
+    for module in (fused_conv, fused_scan):
+        monkeypatch.setattr(module, '_available', lambda: True)
 
 
-def test_triton_on_a_gpu_only():
-    assert backend.use_triton(GPU)
-    assert not backend.use_triton(CPU)
-    assert not backend.use_triton(torch.device('meta'))
-
-
-@pytest.mark.parametrize(
-    ('value', 'wanted'),
-    [('reference', False), ('cpu', False), ('triton', True), ('auto', True)],
-)
-def test_environment_variable(value, wanted, monkeypatch):
-    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, value)
-    assert backend.use_triton(GPU) == wanted
-    assert not backend.use_triton(CPU)
-
-
-def test_says_once_that_triton_is_missing(monkeypatch):
-    monkeypatch.undo()
+@pytest.fixture
+def said(monkeypatch):
+    """Lines of the log, with their levels."""
     lines = []
-    monkeypatch.setattr(backend, 'print_log', lambda x, **_: lines.append(x))
-    monkeypatch.setattr(backend.importlib.util, 'find_spec', lambda _: None)
-    for cached in (backend.has_triton, backend._warn_without_triton):
-        cached.cache_clear()
-    assert not backend.use_triton(CPU)
-    assert not lines
-    for _ in range(2):
-        assert not backend.use_triton(GPU)
-    for cached in (backend.has_triton, backend._warn_without_triton):
-        cached.cache_clear()
-    assert len(lines) == 1
-    assert lines[0].startswith('triton is not installed')
+    monkeypatch.setattr(
+        backend,
+        'print_log',
+        lambda line, level: lines.append((level, line)),
+    )
+    return lines
 
 
-def make_inputs(dtype=torch.float32):
-    """Tensors of no data that say they are on a GPU."""
-    empty = functools.partial(torch.empty, dtype=dtype, device=GPU)
-    return empty(2, 5, 12)[..., :6], empty(2, 2, 5, 6), empty(2, 6, 4)
-
-
-def names(function, *inputs):
-    """The project's operators that a call runs."""
-    seen = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.name())
-            return func(*args, **(kwargs or {}))
-
-    with Record():
-        function(*inputs)
-    return [name for name in seen if name.startswith('mmstabvim::')]
-
-
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_tensors_on_a_gpu_take_the_kernels(dtype):
-    """Shapes and dtypes of the results too; nothing runs."""
+def ran(name, asked='auto', device='cpu', dtype=torch.float32):
+    """The backend that an operator runs, without data."""
+    tester = TESTERS[name]
     with FakeTensorMode():
-        x, y, weight = make_inputs(dtype)
-        calls = {
-            'causal_conv1d': (causal_conv1d_directions, x, weight),
-            'gated_merge': (gated_merge, y, x),
-            'add_rms_norm': (add_rms_norm, x, x.float(), weight[0, :, 0]),
+        inputs = {
+            k: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).to(
+                device
+            )
+            for k, x in convert(tester.make(), dtype).items()
         }
-        for name, call in calls.items():
-            assert names(*call) == [f'mmstabvim::{name}']
-        u = causal_conv1d_directions(x, weight)
-        assert (u.shape, u.dtype, u.device) == ((2, 2, 5, 6), dtype, GPU)
-        assert causal_conv1d(x, weight[0]).shape == (2, 5, 6)
-        normed, stream = add_rms_norm(x, None, weight[0, :, 0])
-        assert (normed.dtype, stream.dtype) == (dtype, torch.float32)
-        assert normed.shape == stream.shape == x.shape
-        assert rms_norm(x, weight[0, :, 0]).dtype == dtype
+        calls = tester.calls(inputs, asked)
+    return calls[0][1][-1] if calls else 'reference'
 
 
-@pytest.mark.parametrize('forced', [False, True])
-def test_what_the_kernels_refuse_is_plain(forced, monkeypatch):
-    """float64, or everything if the environment says so."""
-    if forced:
-        monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, 'reference')
-    dtype = torch.float32 if forced else torch.float64
-    with FakeTensorMode():
-        x, y, weight = make_inputs(dtype)
-        assert not names(causal_conv1d_directions, x, weight)
-        assert not names(gated_merge, y, x)
-        assert not names(add_rms_norm, x, None, weight[0, :, 0])
+def fastest(name, *wanted):
+    """The first of the backends that an operator has."""
+    return next(x for x in wanted if x in TESTERS[name].backends)
+
+
+@every_operator
+def test_device_decides(name):
+    assert ran(name, device='cuda') == 'triton'
+    assert ran(name) == fastest(name, 'fused', 'reference')
+
+
+@every_operator
+@pytest.mark.parametrize('asked', backend.BACKENDS)
+def test_argument_decides(name, asked, monkeypatch):
+    """Against the variable; what an operator lacks is an error."""
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, 'reference')
+    device = 'cuda' if asked == 'triton' else 'cpu'
+    if asked in TESTERS[name].backends:
+        assert ran(name, asked, device) == asked
+    else:
+        has = ', '.join(TESTERS[name].backends)
+        with pytest.raises(ValueError, match=f'no backend .*, it has {has}'):
+            ran(name, asked, device)
+
+
+@every_operator
+@pytest.mark.parametrize('asked', backend.BACKENDS)
+def test_variable_decides(name, asked, monkeypatch, said):
+    """What an operator lacks becomes the next slower, said once."""
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, asked)
+    device = 'cuda' if asked == 'triton' else 'cpu'
+    lower = backend.BACKENDS[backend.BACKENDS.index(asked) :: -1]
+    wanted = fastest(name, *lower)
+    for _ in range(2):
+        assert ran(name, device=device) == wanted
+    ((level, line),) = said
+    assert f'uses the {wanted!r} backend on {device}' in line
+    assert (level == logging.WARNING) == (wanted != asked)
+    assert (f'no backend {asked!r}' in line) == (wanted != asked)
+
+
+@every_operator
+def test_variable_gives_way_to_the_inputs(name, monkeypatch, said):
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, 'triton')
+    wanted = fastest(name, 'cpu', 'reference')
+    assert ran(name, device='cuda', dtype=torch.float64) == wanted
+    ((level, line),) = said
+    assert level == logging.WARNING
+    assert 'computes in float32, got torch.float64' in line
+
+
+@every_operator
+def test_float64_on_a_gpu(name, said):
+    """An error where the rest is slow there; else said once, and plain."""
+    if 'scan' in name:
+        with pytest.raises(TypeError, match=r"float64; use backend='cpu'"):
+            ran(name, device='cuda', dtype=torch.float64)
+    else:
+        for _ in range(2):
+            found = ran(name, device='cuda', dtype=torch.float64)
+            assert found == 'reference'
+        assert [level for level, _ in said] == [logging.WARNING]
+
+
+@every_operator
+def test_gpu_without_triton(name, monkeypatch, said):
+    """Never something slow unasked."""
+    monkeypatch.setattr(backend, 'has_triton', lambda: False)
+    with pytest.raises(RuntimeError, match='triton is not installed'):
+        ran(name, 'triton', 'cuda')
+    if 'scan' in name:
+        with pytest.raises(RuntimeError, match='pip install triton'):
+            ran(name, device='cuda')
+        assert ran(name, 'cpu', 'cuda') == 'cpu'
+        ((level, line),) = said
+        assert 'slow on a GPU' in line
+    else:
+        for _ in range(2):
+            assert ran(name, device='cuda') == 'reference'
+        ((level, line),) = said
+        assert 'triton is not installed' in line
+    assert level == logging.WARNING
+
+
+@every_operator
+def test_triton_on_a_cpu(name, monkeypatch):
+    """An error, but with the interpreter of the tests."""
+    triton = pytest.importorskip('triton')
+    monkeypatch.setattr(triton.knobs.runtime, 'interpret', False)
+    with pytest.raises(RuntimeError, match='needs a GPU, got tensors on cpu'):
+        ran(name, 'triton')
+    monkeypatch.setattr(triton.knobs.runtime, 'interpret', True)
+    assert ran(name, 'triton') == 'triton'
+
+
+def test_fused_needs_a_cpu():
+    with pytest.raises(RuntimeError, match='runs on a CPU, got tensors on cu'):
+        ran('selective_scan', 'fused', 'cuda')
+
+
+@every_operator
+def test_cpp_turned_off(name, monkeypatch):
+    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, '0')
+    assert ran(name) == fastest(name, 'cpu', 'reference')
+    if 'fused' in TESTERS[name].backends:
+        with pytest.raises(RuntimeError, match='MMSTABVIM_FUSED=0 turns it o'):
+            ran(name, 'fused')
+
+
+@every_operator
+def test_names_are_checked(name, monkeypatch):
+    with pytest.raises(ValueError, match=r"backend must be one of.*'cuda'"):
+        ran(name, 'cuda')
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, 'cud')
+    with pytest.raises(ValueError, match='MMSTABVIM_BACKEND must be one of'):
+        ran(name)
+    assert ran(name, 'reference') == 'reference'
+
+
+@pytest.mark.parametrize('asked', ['auto', *backend.BACKENDS])
+def test_nearest_is_accepted(asked):
+    """What a model passes on to its operators."""
+    device = 'cuda' if asked == 'triton' else 'cpu'
+    for name in ('selective_scan', 'causal_conv1d', 'gated_merge', 'rms_norm'):
+        chosen = backend.nearest(name, asked)
+        assert chosen == asked or chosen == ran(name, chosen, device)
+    with pytest.raises(ValueError, match='backend must be one of'):
+        backend.nearest('rms_norm', 'cuda')
 
 
 def test_block_norm_takes_the_dtype_of_autocast_on_a_gpu(monkeypatch):
@@ -148,9 +221,10 @@ def test_triton_is_imported_on_a_gpu_only():
         'x = torch.ones(1, 3, 2)\n'
         'gated_merge(causal_conv1d_directions(x, torch.ones(2, 2, 4)), x)\n'
         'add_rms_norm(x, x, torch.ones(2))\n'
-        'print("mmstabvim.ops.gated_merge.kernels" in sys.modules)'
+        'selective_scan(x, x, torch.ones(3, 1), *torch.ones(2, 3, 1))\n'
+        'print(any(name.endswith("kernels") for name in sys.modules))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True
     )
-    assert done.stdout == 'False\n', done.stderr
+    assert done.stdout.splitlines()[-1:] == ['False'], done.stderr

@@ -1,4 +1,4 @@
-"""The fused C++ path of the ``cpu`` backend, against the definition."""
+"""The C++ kernels of the scan against the definition."""
 
 import multiprocessing
 import platform
@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_tester import (
+    SCAN_DIRECTIONS,
+    assert_equal,
+    convert,
+    make_seed,
+)
 
 from mmstabvim.ops import (
     native,
@@ -16,15 +22,11 @@ from mmstabvim.ops import (
 )
 from mmstabvim.ops.selective_scan import ScanInputs, cpu, fused
 from mmstabvim.ops.selective_scan.discretization import phi1_derivative
-from mmstabvim.ops.selective_scan.reference import scan_ref
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-TOLERANCE = 3e-6
-"""Of an array's largest magnitude: what goldens of float32 may differ by."""
-
 EPS = torch.finfo(torch.float32).eps
-ARGUMENTS = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
+TENSORS = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
 
 # complex A, b_disc
 MODES = {
@@ -42,181 +44,38 @@ def built():
         pytest.skip('no C++ compiler that can build the fused path')
 
 
-@pytest.fixture
-def calls(built, monkeypatch):
-    """Names of the fused functions as the backend calls them."""
-    monkeypatch.delenv(native.ENVIRONMENT_VARIABLE, raising=False)
-    names = []
-
-    def spy(name):
-        function = getattr(fused, name)
-
-        def called(*args):
-            names.append(name)
-            return function(*args)
-
-        monkeypatch.setattr(fused, name, called)
-
-    spy('forward')
-    spy('backward')
-    return names
-
-
 @pytest.fixture(params=MODES)
 def mode(request):
     return request.param
 
 
-def make_inputs(
-    mode='real-euler',
-    reverse=(False,),
-    batch=2,
-    length=37,
-    dim=20,
-    state=16,
-    groups=(1, 1),
-    constant='',
-    absent=(),
-    softplus=True,
-):
-    """Inputs of the scan, float32 or complex64, reproducible."""
+def make_inputs(complex_a=False, **sizes):
+    """Inputs by name, of two samples unless told."""
+    defaults = dict(batch=2, length=37, dim=20, state=16, directions=1)
+    return SCAN_DIRECTIONS.make(complex_a=complex_a, **defaults | sizes)
+
+
+def make(mode='real-euler', reverse=(False,), **sizes):
+    """Inputs by name, and options of the scan."""
     complex_a, b_disc = MODES[mode]
-    generator = torch.Generator().manual_seed(length * 1000 + dim + state)
-    directions = len(reverse)
-
-    def normal(*shape):
-        return torch.randn(directions, *shape, generator=generator)
-
-    def wide(*shape):
-        if not complex_a:
-            return normal(*shape)
-        return torch.complex(normal(*shape), normal(*shape))
-
-    def matrix(name, groups):
-        if name in constant:
-            return wide(dim, state)
-        return wide(batch, length, groups, state)
-
-    A = -2 * torch.rand(directions, dim, state, generator=generator)
-    if complex_a:
-        A = torch.complex(A, normal(dim, state))
-    delta = normal(batch, length, dim) - 1
-    return ScanInputs(
-        u=normal(batch, length, dim),
-        delta=delta if softplus else delta.abs(),
-        A=A,
-        B=matrix('B', groups[0]),
-        C=matrix('C', groups[1]),
-        D=None if 'D' in absent else normal(dim),
-        delta_bias=None if 'delta_bias' in absent else normal(dim),
-        delta_softplus=softplus,
-        reverse=tuple(reverse),
-        b_disc=b_disc,
-    )
+    inputs = make_inputs(complex_a, directions=len(reverse), **sizes)
+    return inputs, dict(reverse=reverse, b_disc=b_disc)
 
 
-def convert(inputs, real):
-    """The same inputs with dtypes ``real`` and its complex counterpart."""
-    tensors = (
-        None
-        if x is None
-        else x.to(real.to_complex() if x.is_complex() else real)
-        for x in inputs.tensors
-    )
-    return ScanInputs(*tensors, *inputs[7:])
+def given(inputs, delta_softplus=True, **options):
+    return ScanInputs(**inputs, delta_softplus=delta_softplus, **options)
 
 
-def seeds(inputs):
-    """Gradients of y and of the last state."""
-    generator = torch.Generator().manual_seed(1)
-    u, A = inputs.u, inputs.A
-    dy = torch.randn(u.shape, generator=generator)
-    shape = (*u.shape[:2], u.shape[3], A.shape[2])
-    dtype = torch.complex64 if A.is_complex() else torch.float32
-    return dy, torch.randn(shape, generator=generator, dtype=dtype)
-
-
-def run(inputs, dy=None):
+def run(inputs, options, seeds=None):
     """Both outputs and the gradient of every input, by name."""
-    own_dy, dlast = seeds(inputs)
-    dy = own_dy if dy is None else dy
-    y, last, borders = fused.forward(inputs, True, cpu.CHUNK)
-    grads = fused.backward(dy, dlast, borders, inputs, cpu.CHUNK)
-    return {'y': y, 'last': last, **by_name(inputs, grads)}
+    return SCAN_DIRECTIONS.run(inputs, 'fused', seeds=seeds, **options)
 
 
-def by_name(inputs, grads):
-    """Gradients of the inputs that are there; checks the others' shape."""
-    named = {}
-    triples = zip(ARGUMENTS, inputs.tensors, grads, strict=True)
-    for name, x, grad in triples:
-        if x is None:
-            assert grad.shape == (0,)
-        else:
-            named[f'd{name}'] = grad
-    return named
-
-
-def run_ref(inputs, dtype=torch.float64):
-    """:func:`run` with the definition and autograd."""
-    dy, dlast = seeds(inputs)
-    inputs = convert(inputs, dtype)
-    leaves = [x for x in inputs.tensors if x is not None]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    y, last = scan_ref(inputs)
-    torch.autograd.backward([y, last], [dy.to(y.dtype), dlast.to(last.dtype)])
-    grads = (None if x is None else x.grad for x in inputs.tensors)
-    names = zip(ARGUMENTS, grads, strict=True)
-    named = {f'd{name}': grad for name, grad in names if grad is not None}
-    return {'y': y.detach(), 'last': last.detach(), **named}
-
-
-def assert_close(actual, exact, tolerance=TOLERANCE):
-    assert actual.keys() == exact.keys()
-    for name, wanted in exact.items():
-        assert actual[name].shape == wanted.shape, name
-        error = (actual[name] - wanted).abs().max()
-        bound = tolerance * wanted.abs().max()
-        assert error <= bound, f'{name}: {error:.2e} > {bound:.2e}'
-
-
-def assert_equal(actual, wanted):
-    assert actual.keys() == wanted.keys()
-    for name, x in wanted.items():
-        assert torch.equal(actual[name], x), name
-
-
-def check(inputs):
-    """The fused path agrees with the definition in float64."""
-    assert fused.supports(inputs)
+def check(inputs, options):
+    """The kernels agree with the definition in float64."""
     # angles are rounded too
-    tolerance = 2 * TOLERANCE if inputs.A.is_complex() else TOLERANCE
-    assert_close(run(inputs), run_ref(inputs), tolerance)
-
-
-@pytest.mark.parametrize('case', range(1, 19))
-def test_goldens(case, golden, calls):
-    """Every golden case: values and gradients of the official scan."""
-    archive = golden('selective_scan.npz')
-    names = (*ARGUMENTS, 'z')
-    data = {
-        key.split('/')[1]: torch.from_numpy(archive[key])
-        for key in archive.files
-        if key.startswith(f'case{case:02}/') and 'description' not in key
-    }
-    given = {n: data[n].requires_grad_() for n in names if n in data}
-    out, last = selective_scan(
-        **given,
-        delta_softplus=bool(data['delta_softplus']),
-        return_last_state=True,
-        backend='cpu',
-    )
-    (out * data['dout']).sum().backward()
-    assert calls == ['forward', 'backward']
-    actual = {'out_f64': out.detach(), 'last_state_f64': last.detach()}
-    actual |= {f'grad_{name}': x.grad for name, x in given.items()}
-    assert_close(actual, {name: data[name] for name in actual})
+    tolerance = 6e-6 if inputs['A'].is_complex() else 3e-6
+    SCAN_DIRECTIONS.check(inputs, 'fused', tolerance, **options)
 
 
 SIZES = [
@@ -235,12 +94,12 @@ SIZES = [
 
 @pytest.mark.parametrize(('length', 'dim'), SIZES)
 def test_lengths_and_dims(length, dim, mode, built):
-    check(make_inputs(mode, (False, True), length=length, dim=dim, state=4))
+    check(*make(mode, (False, True), length=length, dim=dim, state=4))
 
 
 @pytest.mark.parametrize('state', [1, 2, 3, 5, 7, 8, 16, 33, 64])
 def test_states(state, mode, built):
-    check(make_inputs(mode, (False, True), length=33, dim=9, state=state))
+    check(*make(mode, (False, True), length=33, dim=9, state=state))
 
 
 @pytest.mark.parametrize('constant', ['', 'B', 'C', 'BC'])
@@ -249,56 +108,41 @@ def test_states(state, mode, built):
 )
 def test_matrices(constant, groups, mode, built):
     """Constant or per token, per group or shared by all groups."""
-    check(
-        make_inputs(
-            mode,
-            (True, False),
-            length=18,
-            dim=42,
-            state=5,
-            groups=groups,
-            constant=constant,
-        )
-    )
+    sizes = dict(length=18, dim=42, state=5, groups=groups)
+    check(*make(mode, (True, False), constant=constant, **sizes))
 
 
 @pytest.mark.parametrize(
     'absent', [('D',), ('delta_bias',), ('D', 'delta_bias')], ids=str
 )
 def test_absent_inputs(absent, mode, built):
-    check(make_inputs(mode, absent=absent, state=4))
+    check(*make(mode, absent=absent, state=4))
 
 
 def test_without_softplus(mode, built):
-    check(make_inputs(mode, absent=('delta_bias',), softplus=False))
+    sizes = dict(absent=('delta_bias',), softplus=False)
+    inputs, options = make(mode, **sizes)
+    check(inputs, options | dict(delta_softplus=False))
 
 
 def test_growing_states(mode, built):
     """Eigenvalues of either sign, as a free parametrization has them."""
-    inputs = make_inputs(mode, length=20, state=4)
-    check(inputs._replace(A=-inputs.A))
+    inputs, options = make(mode, length=20, state=4)
+    check(inputs | {'A': -inputs['A']}, options)
 
 
 @pytest.mark.parametrize('batch', [1, 3, 40])
 def test_batches(batch, mode, built, two_threads):
     """One slab and many slabs of channels."""
-    check(
-        make_inputs(
-            mode, (False, True), batch=batch, length=17, dim=100, state=3
-        )
-    )
+    sizes = dict(batch=batch, length=17, dim=100, state=3)
+    check(*make(mode, (False, True), **sizes))
 
 
 def test_large_angles(built):
     """No worse than the definition in float32, which rounds angles too."""
-    inputs = make_inputs('complex-zoh', length=65, state=4)
-    inputs.A.imag *= 1000
-    exact = run_ref(inputs)
-    plain, actual = run_ref(inputs, torch.float32), run(inputs)
-    for name, wanted in exact.items():
-        lost = (plain[name] - wanted).abs().max()
-        bound = 2 * lost + 2 * EPS * wanted.abs().max()
-        assert (actual[name] - wanted).abs().max() <= bound, name
+    inputs, options = make('complex-zoh', length=65, state=4)
+    inputs['A'].imag *= 300
+    SCAN_DIRECTIONS.check(inputs, 'fused', 0.0, **options)
 
 
 # --------------------------------------------------- directions and layouts
@@ -307,76 +151,28 @@ def test_large_angles(built):
 def test_directions_do_not_meet(mode, built, two_threads):
     """Bitwise what each direction gives alone."""
     reverse = (False, True, True)
-    inputs = make_inputs(
-        mode, reverse, batch=4, length=20, dim=100, groups=(2, 1)
-    )
-    dy, _ = seeds(inputs)
-    together = fused.forward(inputs, True, cpu.CHUNK)
-    grads = fused.backward(dy, None, together[2], inputs, cpu.CHUNK)
+    sizes = dict(batch=4, length=20, dim=100, groups=(2, 1))
+    inputs, options = make(mode, reverse, **sizes)
+    outputs = SCAN_DIRECTIONS.function(**inputs, backend='fused', **options)
+    seeds = {name: make_seed(y) for name, y in outputs.items()}
+    together = run(inputs, options, seeds)
     for k in range(len(reverse)):
-        tensors = (x[k : k + 1] for x in inputs.tensors)
-        one = ScanInputs(*tensors, True, reverse[k : k + 1], inputs.b_disc)
-        alone = fused.forward(one, True, cpu.CHUNK)
-        for x, wanted in zip(together, alone, strict=True):
-            assert torch.equal(x[k], wanted[0])
-        wanted = fused.backward(dy[k : k + 1], None, alone[2], one, cpu.CHUNK)
-        for x, wanted_grad in zip(grads, wanted, strict=True):
-            assert torch.equal(x[k], wanted_grad[0])
-
-
-def test_directions_together(mode, calls):
-    """The public function hands all directions over at once."""
-    inputs = make_inputs(mode, (False, True), state=4)
-    leaf = inputs.u.clone().requires_grad_()
-    y = selective_scan_directions(
-        leaf, *inputs[1:7], True, inputs.reverse, inputs.b_disc, 'cpu'
-    )
-    dy, _ = seeds(inputs)
-    y.backward(dy)
-    assert calls == ['forward', 'backward']
-    wide = convert(inputs, torch.float64)
-    exact_leaf = wide.u.requires_grad_()
-    exact, _ = scan_ref(wide)
-    exact.backward(dy.double())
-    assert_close(
-        {'y': y.detach(), 'du': leaf.grad},
-        {'y': exact.detach(), 'du': exact_leaf.grad},
-    )
+        one, seed = (
+            {name: x[k : k + 1] for name, x in arrays.items()}
+            for arrays in (inputs, seeds)
+        )
+        alone = run(one, options | {'reverse': reverse[k : k + 1]}, seed)
+        assert_equal({n: x[k : k + 1] for n, x in together.items()}, alone)
 
 
 def test_shared_by_directions(mode, built):
     """Directions may be views of one tensor, and so may their gradients."""
-    inputs = make_inputs(mode, (False, True), state=4)
-    once = {
-        name: getattr(inputs, name)[:1].expand_as(getattr(inputs, name))
-        for name in ('u', 'B', 'D')
-    }
-    views = inputs._replace(**once)
-    copies = inputs._replace(**{k: x.clone() for k, x in once.items()})
-    dy = seeds(inputs)[0][:1].expand_as(inputs.u)
-    assert_equal(run(views, dy), run(copies, dy.clone()))
-    halves = (x._replace(u=x.u.bfloat16()) for x in (views, copies))
-    assert_equal(*(run(x, dy) for x in halves))
-
-
-def strided(x, axes):
-    """The same values, every second element of a larger tensor."""
-    larger = x.new_full(
-        [2 * n if i in axes else n for i, n in enumerate(x.shape)], 9
-    )
-    view = larger[
-        tuple(slice(None, None, 2 if i in axes else 1) for i in range(x.dim()))
-    ]
-    view.copy_(x)
-    return view
-
-
-@pytest.mark.parametrize('axes', [(0,), (1,), (2,), (3,), (0, 1, 2)], ids=str)
-def test_non_contiguous(axes, mode, built):
-    """Strides of direction, batch, tokens and channels are respected."""
-    inputs = make_inputs(mode, (False, True), groups=(2, 2), state=4)
-    views = (strided(x, axes) for x in inputs.tensors)
-    assert_equal(run(ScanInputs(*views, *inputs[7:])), run(inputs))
+    inputs, options = make(mode, (False, True), state=4)
+    once = {n: inputs[n][:1].expand_as(inputs[n]) for n in ('u', 'B', 'D')}
+    copies = {name: x.clone() for name, x in once.items()}
+    for dtype in (torch.float32, torch.bfloat16):
+        one, each = (convert(inputs | x, dtype) for x in (once, copies))
+        assert_equal(run(one, options), run(each, options))
 
 
 @pytest.mark.parametrize('state', [1, 4])
@@ -385,81 +181,73 @@ def test_pending_conjugation(state, built):
 
     With one state, (dim, state) has the inner layout as it is.
     """
-    inputs = make_inputs('complex-euler', state=state)
-    changed = {n: getattr(inputs, n).conj() for n in 'ABC'}
-    changed['D'] = inputs.A[..., 0].conj().imag
-    views = inputs._replace(**changed)
-    assert views.D.is_neg()
-    assert views.B.is_conj()
+    inputs, options = make('complex-euler', state=state)
+    changed = {n: inputs[n].conj() for n in 'ABC'}
+    changed['D'] = inputs['A'][..., 0].conj().imag
+    assert changed['D'].is_neg()
+    assert changed['B'].is_conj()
     copies = {
         k: x.resolve_conj().resolve_neg().clone() for k, x in changed.items()
     }
-    assert_equal(run(views), run(inputs._replace(**copies)))
+    assert_equal(run(inputs | changed, options), run(inputs | copies, options))
 
 
-@pytest.mark.parametrize('layout', ['by channel', 'one number'])
-def test_layout_of_gradient(layout, built):
+def test_gradient_by_channel(built):
     """The gradient of the output may have any layout."""
-    inputs = make_inputs(state=4)
-    dy, _ = seeds(inputs)
-    if layout == 'by channel':
-        view = dy.transpose(2, 3).contiguous().transpose(2, 3)
-    else:
-        view = dy[:1, :1, :1, :1].expand_as(dy)
-    assert_equal(run(inputs, view), run(inputs, view.contiguous()))
+    inputs, options = make(state=4)
+    outputs = SCAN_DIRECTIONS.function(**inputs, backend='fused', **options)
+    seeds = {name: make_seed(y) for name, y in outputs.items()}
+    view = seeds['y'].mT.contiguous().mT
+    assert_equal(
+        run(inputs, options, seeds | {'y': view}), run(inputs, options, seeds)
+    )
 
 
 @pytest.mark.parametrize('batch', [1, 5])
-def test_same_bits(batch, mode, built, two_threads):
-    """From run to run and for every number of threads."""
-    inputs = make_inputs(
-        mode, (False, True), batch=batch, length=65, dim=100, groups=(2, 1)
-    )
-    first = run(inputs)
-    assert_equal(run(inputs), first)
+def test_threads_change_no_bit(batch, mode, built, two_threads):
+    sizes = dict(batch=batch, length=65, dim=100, groups=(2, 1))
+    inputs, options = make(mode, (False, True), **sizes)
+    first = run(inputs, options)
     torch.set_num_threads(1)
-    assert_equal(run(inputs), first)
+    assert_equal(run(inputs, options), first)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_inputs(dtype, mode, built):
-    """As if the real inputs had been converted first."""
-    inputs = make_inputs(mode)
-    half = inputs._replace(
-        **{
-            name: x.to(dtype)
-            for name, x in zip(ARGUMENTS, inputs.tensors, strict=True)
-            if not x.is_complex()
-        }
-    )
-    assert fused.supports(half)
-    assert_equal(run(half), run(convert(half, torch.float32)))
+    """As if the real inputs had been converted first; rounded once."""
+    inputs, options = make(mode)
+    half = convert(inputs, dtype)
+    actual = run(half, options)
+    single = run(convert(half, torch.float32), options)
+    assert_equal(actual, {k: x.to(actual[k].dtype) for k, x in single.items()})
 
 
 def test_real_matrices_of_a_complex_scan(built):
     """Stand for complex ones; so do their gradients."""
-    inputs = make_inputs('complex-euler', state=4)
-    real = inputs._replace(B=inputs.B.real, C=inputs.C.real)
-    as_complex = real._replace(
-        B=real.B.to(torch.complex64), C=real.C.to(torch.complex64)
+    inputs, options = make('complex-euler', state=4)
+    real = inputs | {name: inputs[name].real for name in 'BC'}
+    wide = real | {name: real[name].to(torch.complex64) for name in 'BC'}
+    actual, wanted = run(real, options), run(wide, options)
+    wanted |= {name: wanted[name].real for name in ('dB', 'dC')}
+    assert_equal(actual, wanted)
+
+
+@pytest.mark.parametrize('first', [fused, cpu], ids=['fused', 'cpu'])
+def test_mixes_with_the_cpu_backend(first, mode, built):
+    """Stored states have one meaning: either backend continues the other."""
+    inputs, options = make(mode, (False, True), groups=(2, 1), length=70)
+    second = cpu if first is fused else fused
+    y, last, borders = first.forward(given(inputs, **options), True)
+    grads = second.backward(
+        make_seed(y), make_seed(last), borders, given(inputs, **options)
     )
-    assert_equal(run(real), run(as_complex))
-
-
-@pytest.mark.parametrize('first', ['fused', 'torch'])
-def test_mixes_with_the_torch_variant(first, mode, built, monkeypatch):
-    """Stored states have one meaning: either variant continues the other."""
-    inputs = make_inputs(mode, (False, True), groups=(2, 1), length=70)
-    dy, dlast = seeds(inputs)
-    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, '0')
-    if first == 'fused':
-        y, last, borders = fused.forward(inputs, True, cpu.CHUNK)
-        grads = cpu.backward(dy, dlast, borders, inputs)
-    else:
-        y, last, borders = cpu.forward(inputs, True)
-        grads = fused.backward(dy, dlast, borders, inputs, cpu.CHUNK)
-    mixed = {'y': y, 'last': last, **by_name(inputs, grads)}
-    assert_close(mixed, run_ref(inputs))
+    gradients = dict(zip((f'd{n}' for n in TENSORS), grads, strict=True))
+    SCAN_DIRECTIONS.assert_close(
+        dict(y=y, last=last, **gradients),
+        SCAN_DIRECTIONS.run(inputs, **options),
+        SCAN_DIRECTIONS.run(inputs, dtype=torch.float64, **options),
+        6e-6,
+    )
 
 
 # ------------------------------------------------------------------ accuracy
@@ -476,7 +264,7 @@ def decay(x):
         u, delta, x[None, :, None], matrix, matrix, None, None,
         False, (False,), 'euler',
     )  # fmt: skip
-    return fused.forward(inputs, False, cpu.CHUNK)[1].flatten()
+    return fused.forward(inputs, False)[1].flatten()
 
 
 def check_decay():
@@ -532,10 +320,8 @@ def hold(x):
         one, one, x[None, :, None], matrix, matrix, None, None,
         False, (False,), 'zoh',
     )  # fmt: skip
-    _, last, borders = fused.forward(inputs, True, cpu.CHUNK)
-    grads = fused.backward(
-        0 * one, torch.ones_like(last), borders, inputs, cpu.CHUNK
-    )
+    _, last, borders = fused.forward(inputs, True)
+    grads = fused.backward(0 * one, torch.ones_like(last), borders, inputs)
     return last.flatten(), grads[2].flatten().conj()
 
 
@@ -576,8 +362,8 @@ def test_softplus_is_accurate(built):
     inputs = ScanInputs(
         one, delta, A, matrix, matrix, None, None, True, (False,), 'euler'
     )
-    y, _, borders = fused.forward(inputs, True, cpu.CHUNK)
-    _, grad, *_ = fused.backward(one, None, borders, inputs, cpu.CHUNK)
+    y, _, borders = fused.forward(inputs, True)
+    _, grad, *_ = fused.backward(one, None, borders, inputs)
     y, grad, wide = y.flatten(), grad.flatten(), x.double()
     # log1p(exp(x)) itself: torch's float64 softplus rounds exp(-20) away
     exact = wide.clamp(min=0) + torch.log1p(torch.exp(-wide.abs()))
@@ -589,15 +375,13 @@ def test_softplus_is_accurate(built):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-@pytest.mark.parametrize('name', ARGUMENTS)
+@pytest.mark.parametrize('name', TENSORS)
 def test_not_finite_stays_visible(name, value, mode, built):
     """Outputs and gradients are finite only where the definition's are."""
-    inputs = make_inputs(mode, length=20, dim=5, state=2)
-    x = getattr(inputs, name)
-    x.view(-1)[x.numel() // 2] = value
-    actual = run(inputs)
-    exact = run_ref(inputs, torch.float32)
-    for key, wanted in exact.items():
+    inputs, options = make(mode, length=20, dim=5, state=2)
+    inputs[name].view(-1)[inputs[name].numel() // 2] = value
+    actual = run(inputs, options)
+    for key, wanted in SCAN_DIRECTIONS.run(inputs, **options).items():
         visible = ~wanted.isfinite()
         assert (~actual[key].isfinite())[visible].all(), key
         if value != value:
@@ -610,7 +394,7 @@ def test_other_vector_lengths(flag, built, monkeypatch, empty_cache, messages):
     """The portable code, with eight and with four lanes."""
     monkeypatch.setattr(native, 'FLAGS', (*native.FLAGS, flag))
     for mode in MODES:
-        check(make_inputs(mode, (False, True), length=65, dim=21, state=6))
+        check(*make(mode, (False, True), length=65, dim=21, state=6))
     check_decay()
     check_angles()
     check_hold(torch.linspace(-8, 8, 30_011))
@@ -624,7 +408,7 @@ from pathlib import Path
 import torch
 from mmstabvim.ops.selective_scan import fused
 sys.path.insert(0, sys.argv[1])
-from test_fused_scan import make_inputs, seeds
+from test_fused_scan import given, make
 
 def memory(field):
     rows = Path('/proc/self/status').read_text().splitlines()
@@ -634,12 +418,13 @@ def memory(field):
 torch.set_num_threads(2)
 for mode in ('real-euler', 'complex-zoh'):
     for batch in (1, 32):  # once to load and build everything
-        inputs = make_inputs(mode, batch=batch, length=197, dim=384)
-        dy, _ = seeds(inputs)
+        inputs, options = make(mode, batch=batch, length=197, dim=384)
+        inputs = given(inputs, **options)
+        dy = torch.ones_like(inputs.u)
         Path('/proc/self/clear_refs').write_text('5')  # forget the peak
         before = memory('VmRSS')
-        y, _, borders = fused.forward(inputs, True, 16)
-        grads = fused.backward(dy, None, borders, inputs, 16)
+        y, _, borders = fused.forward(inputs, True)
+        grads = fused.backward(dy, None, borders, inputs)
         used = memory('VmHWM') - before
         del y, borders, grads
     print(used)
@@ -666,64 +451,60 @@ def test_memory(built):
 # ---------------------------------------------------------------- the choice
 
 
-def refuse(inputs):
-    assert not fused.supports(inputs)
+def test_float64_is_refused(built):
+    """By name; left to itself, the cpu backend takes over."""
+    inputs = convert(make_inputs(), torch.float64)
+    with pytest.raises(TypeError, match=r"float64; use backend='cpu'"):
+        selective_scan_directions(**inputs, reverse=(False,), backend='fused')
+    auto, wanted = (
+        SCAN_DIRECTIONS.run(inputs, backend) for backend in ('auto', 'cpu')
+    )
+    assert_equal(auto, wanted)
 
 
-def test_leaves_the_rest_to_torch(calls):
-    inputs = make_inputs(groups=(2, 2))
-    assert fused.supports(inputs)
-    refuse(convert(inputs, torch.float64))
-    refuse(inputs._replace(u=inputs.u.double()))
-    refuse(inputs._replace(B=inputs.B.to(torch.complex64)))
-    refuse(inputs._replace(u=inputs.u.to('meta')))
-    y, _, _ = cpu.forward(convert(inputs, torch.float64), False)
-    assert y.dtype == torch.float64
-    assert not calls
-
-
-def scan(inputs, **options):
+def scan(inputs, backend):
     """The public function, one direction."""
-    u, delta, A, B, C, D, bias = (x[0] for x in inputs.tensors)
-    return selective_scan(
-        u, delta, A, B, C, D,
-        delta_bias=bias,
-        delta_softplus=True,
-        channels_last=True,
-        backend='cpu',
-        **options,
-    )  # fmt: skip
+    one = {name: x[0] for name, x in inputs.items()}
+    options = dict(delta_softplus=True, channels_last=True)
+    return selective_scan(**one, **options, backend=backend)
 
 
-def test_environment_variable_turns_it_off(calls, monkeypatch):
-    monkeypatch.setenv(native.ENVIRONMENT_VARIABLE, '0')
+def test_falls_back(no_compiler, messages):
+    """The cpu backend without a compiler, and one line in the log."""
     inputs = make_inputs()
-    exact = run_ref(inputs)['y'][0]
-    assert_close({'y': scan(inputs)}, {'y': exact})
-    assert not calls
-
-
-def test_falls_back(calls, no_compiler, messages):
-    """The same numbers without a compiler, and one line in the log."""
-    inputs = make_inputs()
-    exact = run_ref(inputs)['y'][0]
     for _ in range(2):
-        assert_close({'y': scan(inputs)}, {'y': exact})
-    assert not calls
+        assert torch.equal(scan(inputs, 'auto'), scan(inputs, 'cpu'))
     assert len(messages) == 1
+    with pytest.raises(RuntimeError, match='could not be built'):
+        scan(inputs, 'fused')
+
+
+def test_recorded_graph_without_a_compiler(built, no_compiler):
+    """An exported one may come to a machine that has none."""
+    inputs, options = make()
+    tensors = given(inputs, **options)
+    results = [module.forward(tensors, True) for module in (fused, cpu)]
+    assert all(map(torch.equal, *results))
+    results = [
+        module.backward(y, last, borders, tensors)
+        for module, (y, last, borders) in zip(
+            (fused, cpu), results, strict=True
+        )
+    ]
+    assert all(map(torch.equal, *results))
 
 
 def _scan_in_child(inputs, wanted):
-    raise SystemExit(0 if torch.equal(scan(inputs), wanted) else 3)
+    equal = torch.equal(scan(inputs, 'fused'), wanted)
+    raise SystemExit(0 if equal else 3)
 
 
-def test_runs_after_a_fork(calls, two_threads):
+def test_runs_after_a_fork(built, two_threads):
     """The parent's OpenMP threads are missing in a forked child."""
     inputs = make_inputs(batch=4)
-    y = scan(inputs)
-    assert calls == ['forward']
+    wanted = scan(inputs, 'fused')
     context = multiprocessing.get_context('fork')
-    child = context.Process(target=_scan_in_child, args=(inputs, y))
+    child = context.Process(target=_scan_in_child, args=(inputs, wanted))
     child.start()
     child.join(60)
     hangs = child.is_alive()

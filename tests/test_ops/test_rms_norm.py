@@ -1,4 +1,4 @@
-"""The norm of a residual stream: PyTorch's as ever, Triton's in float64."""
+"""The norm of a residual stream, and its Triton kernels."""
 
 import json
 import sys
@@ -7,25 +7,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kernel_checks import (
-    assert_close,
     assert_compiled,
-    assert_equal,
     compile_kernel,
     compiled_apart,
     on_gpu,
 )
+from operator_tester import ADD_NORM, DEVICE, HALF, NORM
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmstabvim.ops import add_rms_norm, rms_norm
-from mmstabvim.ops.rms_norm import add_rms_norm_ref
 
 triton = pytest.importorskip('triton')
 
 from mmstabvim.ops.rms_norm import kernels  # noqa: E402
 from mmstabvim.ops.rms_norm import triton as backend  # noqa: E402
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-HALF = [torch.bfloat16, torch.float16]
 EPS = 1e-5
 
 REGISTERS = {
@@ -41,92 +37,21 @@ REGISTERS = {
 """Of each lane, bfloat16 into a float32 stream, by channels."""
 
 
-def make_inputs(tokens=9, dim=5, dtype=torch.float32, residual=True):
-    """Hidden, residual and weight, reproducible."""
-    generator = torch.Generator().manual_seed(1000 * tokens + dim)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    hidden = normal(tokens, dim).to(dtype)
-    return hidden, normal(tokens, dim) if residual else None, normal(dim)
+def make_inputs(*sizes, dtype=torch.float32, device=DEVICE, **named):
+    """The stream and the weight stay float32."""
+    inputs = ADD_NORM.make(*sizes, device=device, **named)
+    return inputs | {'hidden': inputs['hidden'].to(dtype)}
 
 
-def make_gradients(outputs):
-    """Of the outputs; multiples of 1/8 are exact in every dtype."""
-    generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(x.shape, generator=generator).mul(8).round() / 8).to(x)
-        for x in outputs
-    ]
-
-
-def named(outputs, grads):
-    names = ('normed', 'stream', 'dhidden', 'dresidual', 'dweight')
-    return {
-        name: x.detach()
-        for name, x in zip(names, (*outputs, *grads), strict=True)
-        if x is not None and x.numel()
-    }
-
-
-def run(inputs, out_dtype=torch.float32):
-    """Outputs and gradients of the kernels."""
-    hidden, residual, weight = inputs
-    outputs = backend.forward(*inputs, EPS, out_dtype)
-    dnormed, dstream = make_gradients(outputs)
-    stream = hidden if residual is None else outputs[1]
-    split = residual is not None and hidden.dtype != torch.float32
-    grads = list(
-        backend.backward(
-            dnormed,
-            None if residual is None else dstream,
-            stream,
-            weight,
-            EPS,
-            hidden.dtype,
-            split,
-        )
-    )
-    if residual is not None and not split:
-        grads[1] = grads[0]
-    return named(outputs, grads)
-
-
-def run_plain(inputs, out_dtype=torch.float32, dtype=None, norm=None):
-    """The same by autograd, in some dtype."""
-    leaves = [
-        None if x is None else x.to(dtype or x.dtype).requires_grad_()
-        for x in (None if x is None else x.detach().clone() for x in inputs)
-    ]
-    outputs = (norm or add_rms_norm_ref)(*leaves, EPS, dtype or out_dtype)
-    if inputs[1] is None:
-        outputs = outputs[:1]
-    gradients = make_gradients(outputs)
-    present = [x for x in leaves if x is not None]
-    grads = list(torch.autograd.grad(outputs, present, gradients))
-    if inputs[1] is None:
-        outputs, grads = (*outputs, None), [grads[0], None, grads[1]]
-    return named(outputs, grads)
-
-
-def check(inputs, out_dtype=torch.float32, actual=None):
-    """Kernels against plain PyTorch and against float64."""
-    actual = run(inputs, out_dtype) if actual is None else actual
-    plain = run_plain(inputs, out_dtype)
-    exact = run_plain(inputs, dtype=torch.float64)
-    terms = {'dweight': len(inputs[0]), 'dhidden': 1, 'dresidual': 1}
-    for name in plain:
-        only = ({name: x[name]} for x in (actual, plain, exact))
-        eps = torch.finfo(plain[name].dtype).eps
-        assert_close(*only, eps, terms, terms.get(name))
+def check(inputs, **options):
+    return ADD_NORM.check(inputs, 'triton', **options)
 
 
 @pytest.mark.parametrize('residual', [False, True])
 @pytest.mark.parametrize('tokens', [1, 7, 33])
 @pytest.mark.parametrize('dim', [1, 3, 64, 197])
 def test_matches_float64(tokens, dim, residual):
-    check(make_inputs(tokens, dim, residual=residual))
+    check(make_inputs(tokens, dim, residual))
 
 
 @pytest.mark.parametrize('dim', [2049, 8192])
@@ -146,55 +71,37 @@ def test_many_tokens():
 
 @pytest.mark.parametrize('dtype', HALF, ids=str)
 @pytest.mark.parametrize('residual', [False, True])
-def test_half_precision(dtype, residual):
+def test_half_precision_into_a_float32_stream(dtype, residual):
     """As if hidden had been converted first; results rounded once."""
-    hidden, *others = make_inputs(dtype=dtype, residual=residual)
-    actual = run((hidden, *others), dtype)
-    check((hidden, *others), dtype, actual)
+    inputs = make_inputs(residual=residual, dtype=dtype)
+    actual = check(inputs, out_dtype=dtype)
     if DEVICE == 'cpu' and dtype == torch.bfloat16:
         return  # where the interpreter cuts digits off
-    single = run((hidden.float(), *others))
-    for name in ('normed', 'dhidden'):
-        assert torch.equal(actual[name], single[name].to(dtype)), name
+    wide = inputs | {'hidden': inputs['hidden'].float()}
+    single = ADD_NORM.run(wide, 'triton')
+    assert torch.equal(actual['normed'], single['normed'].to(dtype))
+    assert torch.equal(actual['dhidden'], single['dhidden'].to(dtype))
+    assert torch.equal(actual['stream'], single['stream'])
     if residual:
-        assert torch.equal(actual['stream'], single['stream'])
         assert torch.equal(actual['dresidual'], single['dresidual'])
 
 
 def test_tiny_tokens():
     """Where ``eps`` decides, and a token of zeros."""
-    hidden, residual, weight = make_inputs()
-    hidden, residual = hidden * 1e-4, residual * 1e-4
-    hidden[2], residual[2] = 0, 0
-    check((hidden, residual, weight))
+    inputs = make_inputs()
+    for name in ('hidden', 'residual'):
+        inputs[name] *= 1e-4
+        inputs[name][2] = 0
+    check(inputs)
 
 
-def test_same_bits():
-    inputs = make_inputs(tokens=70, dim=65)
-    assert_equal(run(inputs), run(inputs))
-
-
-@pytest.mark.skipif(DEVICE == 'cuda', reason='runs there anyway')
-@pytest.mark.parametrize('residual', [False, True])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-def test_registered_with_pytorch(residual, dtype):
-    """Schema, fake tensors and autograd; the kernels' results go through."""
-    inputs = make_inputs(dtype=dtype, residual=residual)
-    leaves = [None if x is None else x.requires_grad_() for x in inputs]
-    operator = torch.ops.mmstabvim.add_rms_norm
-    torch.library.opcheck(operator, (*leaves, EPS, dtype))
-    inputs = [None if x is None else x.detach() for x in leaves]
-    actual = run_plain(inputs, dtype, norm=operator)
-    assert_equal(actual, run(inputs, dtype))
-
-
-@pytest.mark.skipif(DEVICE == 'cuda', reason='runs there anyway')
-@pytest.mark.parametrize('used', [0, 1])
+@pytest.mark.parametrize('used', ['normed', 'stream'])
 def test_gradient_of_one_output_alone(used):
-    leaves = [x.requires_grad_() for x in make_inputs()]
     grads = []
-    for norm in (torch.ops.mmstabvim.add_rms_norm, add_rms_norm_ref):
-        output = norm(*leaves, EPS, torch.float32)[used]
+    for name in ('triton', 'reference'):
+        inputs = make_inputs()
+        leaves = [x.requires_grad_() for x in inputs.values()]
+        output = ADD_NORM.function(**inputs, backend=name)[used]
         loss = output.square().sum()
         grads.append(torch.autograd.grad(loss, leaves, allow_unused=True))
     for actual, wanted in zip(*grads, strict=True):
@@ -202,24 +109,20 @@ def test_gradient_of_one_output_alone(used):
         torch.testing.assert_close(actual, wanted)
 
 
-def test_counts_no_operations():
-    """As PyTorch counts its own norm, on every device."""
-    leaves = [x.requires_grad_() for x in make_inputs()]
+@pytest.mark.parametrize('name', ['reference', 'triton'])
+def test_counts_no_operations(name):
+    """As PyTorch counts its own norm."""
     with FlopCounterMode(display=False) as counter:
-        for norm in (torch.ops.mmstabvim.add_rms_norm, add_rms_norm_ref):
-            normed, stream = norm(*leaves, EPS, torch.float32)
-            (normed.sum() + stream.sum()).backward()
+        ADD_NORM.run(make_inputs(), name)
     assert counter.get_total_flops() == 0
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('residual', [False, True])
-def test_plain_path_adds_then_normalizes(dtype, residual):
+def test_adds_then_normalizes(dtype, residual):
     """The same bits as the two steps, one after the other."""
-    hidden, stream, weight = (
-        None if x is None else x.cpu()
-        for x in make_inputs(dtype=dtype, residual=residual)
-    )
+    inputs = make_inputs(residual=residual, dtype=dtype, device='cpu')
+    hidden, stream, weight = inputs.values()
     with torch.autocast('cpu', torch.bfloat16):
         actual = add_rms_norm(hidden, stream, weight, EPS)
         half, _ = add_rms_norm(hidden, stream, weight, EPS, torch.bfloat16)
@@ -230,31 +133,23 @@ def test_plain_path_adds_then_normalizes(dtype, residual):
     assert torch.equal(half, actual[0].bfloat16())
 
 
-@pytest.mark.parametrize('residual', [False, True])
-def test_gradcheck_of_the_plain_path(residual):
-    leaves = [
-        None if x is None else x.cpu().double().requires_grad_()
-        for x in make_inputs(residual=residual)
-    ]
-    assert torch.autograd.gradcheck(add_rms_norm, leaves)
-
-
-@pytest.mark.parametrize('function', [add_rms_norm, rms_norm])
-def test_compiles_in_one_graph(function):
-    inputs = make_inputs()
-    if function is rms_norm:
-        inputs = inputs[::2]
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend='aot_eager', fullgraph=True)
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+def test_norm_alone_is_one_without_a_residual():
+    x, weight = NORM.make(device=DEVICE).values()
+    normed, _ = add_rms_norm(x, None, weight, backend='triton')
+    assert torch.equal(rms_norm(x, weight, backend='triton'), normed)
 
 
 def test_checks_its_arguments():
-    hidden, residual, weight = make_inputs()
+    hidden, residual, weight = make_inputs().values()
     with pytest.raises(ValueError, match=r'weight must be \(5,\)'):
         add_rms_norm(hidden, residual, weight[1:])
     with pytest.raises(ValueError, match=r'shape of hidden \(9, 5\), got'):
         add_rms_norm(hidden, residual[1:], weight)
+
+
+def test_too_many_channels_are_refused():
+    with pytest.raises(ValueError, match='at most 8192 a token'):
+        add_rms_norm(**make_inputs(1, 8193), backend='triton')
 
 
 def compile_all():
@@ -295,23 +190,11 @@ if __name__ == '__main__':
 @pytest.mark.parametrize('residual', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize('way', ['auto', 'reference'])
-def test_public_function_on_a_gpu(dtype, residual, way, monkeypatch):
+def test_public_function_on_a_gpu(dtype, residual, way):
     """Both ways, under autocast, which must not matter."""
-    monkeypatch.setenv('MMSTABVIM_BACKEND', way)
-    inputs = make_inputs(99, 192, dtype, residual)
+    inputs = make_inputs(99, 192, residual, dtype=dtype)
     with torch.autocast('cuda', torch.bfloat16):
-        actual = run_plain(inputs, dtype, norm=add_rms_norm)
-    check(inputs, dtype, actual)
-    normed, stream = add_rms_norm(*inputs, EPS)
-    torch.testing.assert_close(rms_norm(stream, inputs[2], EPS), normed)
-
-
-@on_gpu
-def test_compiles_in_one_graph_on_a_gpu():
-    inputs = make_inputs(99, 192)
-    torch._dynamo.reset()
-    compiled = torch.compile(add_rms_norm, backend='aot_eager', fullgraph=True)
-    for actual, wanted in zip(
-        compiled(*inputs), add_rms_norm(*inputs), strict=True
-    ):
-        assert torch.equal(actual, wanted)
+        actual = ADD_NORM.run(inputs, way, out_dtype=dtype)
+    plain = ADD_NORM.run(inputs, out_dtype=dtype)
+    exact = ADD_NORM.run(inputs, dtype=torch.float64)
+    ADD_NORM.assert_close(actual, plain, exact)

@@ -7,26 +7,28 @@ import sys
 import pytest
 import torch
 from kernel_checks import (
-    assert_close,
     assert_compiled,
-    assert_equal,
     compile_kernel,
     compiled_apart,
-    copied,
     on_gpu,
     sparse,
 )
+from operator_tester import (
+    CONV_DIRECTIONS,
+    DEVICE,
+    assert_equal,
+    convert,
+    copied,
+    make_seed,
+)
 
 from mmstabvim.ops import causal_conv1d, causal_conv1d_directions
-from mmstabvim.ops.causal_conv1d import causal_conv1d_directions_ref
 
 triton = pytest.importorskip('triton')
 
 from mmstabvim.ops.causal_conv1d import kernels  # noqa: E402
 from mmstabvim.ops.causal_conv1d import triton as backend  # noqa: E402
 
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-NAMES = ('y', 'dx', 'dweight', 'dbias')
 BOTH = (False, True)
 
 REGISTERS = {
@@ -41,64 +43,20 @@ REGISTERS = {
 """Of each lane, two directions of width 4 with SiLU, by inputs."""
 
 
-def make_inputs(batch=2, length=13, dim=17, width=4, directions=2, bias=True):
-    """Inputs, float32, reproducible; x half of a wider tensor as in use."""
-    generator = torch.Generator().manual_seed(1000 * length + 10 * dim + width)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE)
-
-    x = normal(batch, length, 2 * dim)[..., :dim]
-    weight = normal(directions, dim, width)
-    return x, weight, normal(directions, dim) if bias else None
+make_inputs = functools.partial(CONV_DIRECTIONS.make, device=DEVICE)
 
 
-def make_gradient(y):
-    """Of the output; multiples of 1/8 are exact in every dtype."""
-    generator = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=generator).mul(8).round() / 8
-    return dy.to(y)
-
-
-def named(y, grads, bias):
-    """Without the gradient of an absent bias, which may be anything."""
-    arrays = (y.detach(), *grads)[: 4 if bias is not None else 3]
-    return dict(zip(NAMES, arrays, strict=False))
-
-
-def run(inputs, reverse=BOTH, activation='silu', dy=None):
+def run(inputs, seed=None, activation='silu', **options):
     """Output and gradients of the kernels."""
-    y = backend.forward(*inputs, reverse, activation)
-    dy = make_gradient(y) if dy is None else dy
-    grads = backend.backward(dy, *inputs, reverse, activation)
-    return named(y, grads, inputs[2])
+    seeds = None if seed is None else {'y': seed}
+    options['activation'] = activation
+    return CONV_DIRECTIONS.run(inputs, 'triton', seeds=seeds, **options)
 
 
-def run_plain(inputs, dtype, reverse=BOTH, activation='silu', dy=None):
-    """The same by autograd from PyTorch's convolution in some dtype."""
-    leaves = [
-        None if x is None else x.to(dtype).detach().requires_grad_()
-        for x in inputs
-    ]
-    y = causal_conv1d_directions_ref(*leaves, reverse, activation)
-    dy = make_gradient(y) if dy is None else dy
-    present = [x for x in leaves if x is not None]
-    grads = torch.autograd.grad(y, present, dy.to(dtype))
-    return named(y, grads, inputs[2])
-
-
-def assert_accurate(actual, plain, exact):
-    eps = torch.finfo(plain['y'].dtype).eps
-    terms = exact['y'][0, ..., 0].numel()
-    assert_close(actual, plain, exact, eps, ('dweight', 'dbias'), terms)
-
-
-def check(inputs, **options):
+def check(inputs, activation='silu', **options):
     """Kernels against plain PyTorch and against float64."""
-    dtype = inputs[0].dtype
-    plain = run_plain(inputs, dtype, **options)
-    exact = run_plain(inputs, torch.float64, **options)
-    assert_accurate(run(inputs, **options), plain, exact)
+    options['activation'] = activation
+    CONV_DIRECTIONS.check(inputs, 'triton', **options)
 
 
 @pytest.mark.parametrize('length', [1, 2, 13, 63, 64, 65, 197])
@@ -126,22 +84,26 @@ def test_dims(dim):
 @pytest.mark.parametrize('length', [3, 19])
 def test_widths(width, length):
     """Also wider than the sequence, and than a span."""
-    check(make_inputs(1, length, 3, width))
+    check(make_inputs(batch=1, length=length, dim=3, width=width))
 
 
 @pytest.mark.parametrize('bias', [False, True])
 @pytest.mark.parametrize('activation', [None, 'silu'])
 def test_options(bias, activation):
-    check(make_inputs(1, 9, 3, bias=bias), activation=activation)
+    inputs = make_inputs(batch=1, length=9, dim=3, bias=bias)
+    check(inputs, activation=activation)
 
 
+@pytest.mark.parametrize('shared', [True, False])
 @pytest.mark.parametrize(
     'reverse',
     [(False,), (True,), (True, False), (True, True, False)],
     ids=str,
 )
-def test_orders(reverse):
-    check(make_inputs(1, 9, 3, directions=len(reverse)), reverse=reverse)
+def test_orders(reverse, shared):
+    """All directions over one x, or each over its own."""
+    sizes = dict(batch=1, length=9, dim=3, shared=shared)
+    check(make_inputs(len(reverse), **sizes), reverse=reverse)
 
 
 def test_every_token_has_a_span():
@@ -154,34 +116,21 @@ def test_every_token_has_a_span():
             assert span == 1 or rows * (span - 1) < length
 
 
-@pytest.mark.parametrize('axes', [(0,), (1,), (2,), (0, 1)], ids=str)
-def test_strides(axes):
-    """Of the input and of the output's gradient; weight and bias too."""
-    steps = tuple(slice(None, None, 2 if i in axes else 1) for i in range(3))
-    x = make_inputs(2, 10, 6)[0].contiguous()[steps]
-    batch, length, dim = x.shape
-    weight = make_inputs(dim=dim)[1].mT.contiguous().mT
-    bias = make_inputs(dim=2 * dim)[2][:, ::2]
-    double = (2, batch, length, 2, dim)
-    dy = make_gradient(x.new_empty(double))[:, :, :, 0]
-    strided = run((x, weight, bias), dy=dy)
-    dense = run([copied(v) for v in (x, weight, bias)], dy=copied(dy))
-    assert not dy.is_contiguous()
-    assert_equal(strided, dense)
-
-
-def test_expanded_gradient():
-    """What the gated merge hands back: one gradient for all directions."""
-    inputs = make_inputs()
-    dy = make_gradient(inputs[0]).expand(2, -1, -1, -1)
-    assert_equal(run(inputs, dy=dy), run(inputs, dy=copied(dy)))
-
-
 def test_copies_no_strided_input():
     """A half of the input projection's output is read where it lies."""
-    x = make_inputs()[0]
+    x = make_inputs()['x']
     assert not x.is_contiguous()
     assert backend._rows(x) is x
+
+
+def test_copies_no_view_of_flat_parameters():
+    """(directions * dim, width) as a layer keeps them."""
+    flat = torch.zeros(2 * 17, 4), torch.zeros(2 * 17)
+    weight, bias = (x.unflatten(0, (2, 17)) for x in flat)
+    for given, own in zip(
+        flat, backend._parameters(weight, bias, slice(2)), strict=True
+    ):
+        assert own.data_ptr() == given.data_ptr()
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='needs memory that is not there')
@@ -189,28 +138,23 @@ def test_copies_no_strided_input():
 def test_offsets_beyond_32_bits(strides):
     """Addresses in tensors of more than 2**31 elements."""
     order = (False, True, False)
-    near = [v.half() for v in make_inputs(3, 3, 3, directions=3)]
-    x = sparse((3, 3, 3), strides).copy_(near[0])
+    near = convert(make_inputs(3, batch=3, length=3, dim=3), torch.float16)
+    x = sparse((3, 3, 3), strides).copy_(near['x'])
     dy = sparse((3, 3, 3, 3), (2**30 + 27, *strides))
-    dy.copy_(make_gradient(dy))
-    wanted = run(near, order, dy=copied(dy))
-    assert_equal(run((x, *near[1:]), order, dy=dy), wanted)
+    dy.copy_(make_seed(dy))
+    wanted = run(near, copied(dy), reverse=order)
+    assert_equal(run(near | {'x': x}, dy, reverse=order), wanted)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype):
     """As if the inputs had been converted first; results rounded once."""
-    inputs = [x.to(dtype) for x in make_inputs(1, length=21, dim=3)]
+    inputs = convert(make_inputs(batch=1, length=21, dim=3), dtype)
     check(inputs)
     if DEVICE == 'cpu' and dtype == torch.bfloat16:
         return  # where the interpreter cuts digits off
-    single = run([x.float() for x in inputs])
+    single = run(convert(inputs, torch.float32))
     assert_equal(run(inputs), {k: x.to(dtype) for k, x in single.items()})
-
-
-def test_same_bits():
-    inputs = make_inputs(batch=1, length=17, dim=65)
-    assert_equal(run(inputs), run(inputs))
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -219,10 +163,10 @@ def test_same_bits():
 @pytest.mark.filterwarnings('ignore:invalid value')
 def test_not_finite_stays_where_it_is(token, value, activation):
     """Same tokens as by the definition, and no channel but its own."""
-    inputs = make_inputs(1, 7, 2)
-    inputs[0][:, token, 1] = value
+    inputs = make_inputs(batch=1, length=7, dim=2)
+    inputs['x'][:, token, 1] = value
     actual = run(inputs, activation=activation)
-    plain = run_plain(inputs, torch.float32, activation=activation)
+    plain = CONV_DIRECTIONS.run(inputs, activation=activation)
     for name in ('y', 'dx'):
         assert torch.equal(actual[name].isfinite(), plain[name].isfinite())
     for name in ('dweight', 'dbias'):
@@ -272,27 +216,25 @@ if __name__ == '__main__':
 @on_gpu
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('way', ['auto', 'reference'])
-def test_public_functions_on_a_gpu(autocast, way, monkeypatch):
+def test_public_functions_on_a_gpu(autocast, way):
     """Both ways, as the reference does it on the rounded inputs."""
-    monkeypatch.setenv('MMSTABVIM_BACKEND', way)
-    leaves = [x.detach().requires_grad_() for x in make_inputs(length=65)]
+    inputs, tester = make_inputs(length=65), CONV_DIRECTIONS
     dtype = autocast or torch.float32
+    rounded, options = convert(inputs, dtype), dict(activation='silu')
+    x, weight, bias = inputs.values()
     with torch.autocast('cuda', autocast, enabled=autocast is not None):
-        y = causal_conv1d_directions(*leaves, activation='silu')
-        x, weight, bias = leaves
-        one = causal_conv1d(x, weight[1], bias[1], True, activation='silu')
-    assert y.dtype == one.dtype == dtype
-    grads = torch.autograd.grad(y, leaves, make_gradient(y))
-    assert [g.dtype for g in grads] == [torch.float32] * 3
-    rounded = [x.detach().to(dtype) for x in leaves]
-    plain = run_plain(rounded, dtype)
-    exact = run_plain(rounded, torch.float64)
-    actual = {k: v.to(dtype) for k, v in named(y, grads, bias).items()}
-    assert_accurate(actual, plain, exact)
+        actual = tester.run(inputs, way, **options)
+        one = causal_conv1d(x, weight[1], bias[1], True, 'silu', way)
+    assert actual['y'].dtype == one.dtype == dtype
+    tester.assert_close(
+        convert(actual, dtype),
+        tester.run(rounded, **options),
+        tester.run(rounded, dtype=torch.float64, **options),
+    )
     if way == 'auto':
-        assert torch.equal(one, y[1])
+        assert torch.equal(one, actual['y'][1])
     else:
-        torch.testing.assert_close(one, y[1])
+        torch.testing.assert_close(one, actual['y'][1])
 
 
 @on_gpu
@@ -304,12 +246,3 @@ def test_more_than_32_bits_of_elements_on_a_gpu():
     y = causal_conv1d_directions(x, weight, activation='silu')
     tail = causal_conv1d_directions(x[:, -99:], weight, activation='silu')
     assert torch.equal(y[:, :, -90:], tail[:, :, -90:])
-
-
-@on_gpu
-def test_compiles_in_one_graph_on_a_gpu():
-    inputs = make_inputs()
-    function = functools.partial(causal_conv1d_directions, activation='silu')
-    torch._dynamo.reset()
-    compiled = torch.compile(function, backend='aot_eager', fullgraph=True)
-    assert torch.equal(compiled(*inputs), function(*inputs))

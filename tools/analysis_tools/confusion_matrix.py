@@ -227,7 +227,7 @@ def count_pairs(
         tuple[ndarray, list[str], int]: Counts (classes, classes) with true
         classes as rows, their names, and the number of images.
     """
-    with tempfile.TemporaryDirectory() as folder, launch.clear_errors():
+    with tempfile.TemporaryDirectory() as folder, launch.explain_errors():
         runner = launch.build_runner(prepare(args, folder))
         if args.device is not None:
             runner.model.to(args.device)

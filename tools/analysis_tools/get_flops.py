@@ -58,7 +58,7 @@ from mmstabvim.visualization import style
 Row = dict[str, Any]
 Counts = dict[str, dict[str, int]]
 
-SCANS = ('selective_scan', 'selective_scan_triton')
+SCANS = ('selective_scan',)
 OPERATORS = {
     'mm': 'matrix product',
     'addmm': 'matrix product',
@@ -67,7 +67,6 @@ OPERATORS = {
     'convolution': 'convolution',
     'causal_conv1d': 'causal convolution, both directions',
     'selective_scan': 'scan, both directions',
-    'selective_scan_triton': 'scan, both directions',
 }
 """Names for people; others are shown as PyTorch calls them."""
 
@@ -405,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.disable(logging.INFO)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    with launch.clear_errors(), Progress(console=errors) as progress:
+    with launch.explain_errors(), Progress(console=errors) as progress:
         cfg, model = build_model(args)
         height, width = image_shape(args, cfg)
         image = torch.randn(1, 3, height, width).to(args.device)

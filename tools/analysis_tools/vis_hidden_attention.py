@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.INFO)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     reports = []
-    with launch.clear_errors(), Progress(console=console) as progress:
+    with launch.explain_errors(), Progress(console=console) as progress:
         cfg, model = trained.load_model(args)
         _, backbone = tokens.find_backbone(model)
         total = args.samples * backbone.num_layers

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -33,11 +32,11 @@ from torch import Tensor
 from mmstabvim import __version__
 from mmstabvim.ops import selective_scan, selective_scan_directions
 
-# name -> backend, value of MMSTABVIM_FUSED
+# name -> backend
 VARIANTS = {
-    'plain loop, autograd': ('reference', '0'),
-    'cpu, PyTorch only': ('cpu', '0'),
-    'cpu, fused C++': ('cpu', '1'),
+    'plain loop, autograd': 'reference',
+    'cpu, PyTorch only': 'cpu',
+    'cpu, fused C++': 'fused',
 }
 SHAPES = ['32,197,384,16', '64,65,256,8']
 # kind -> complex A, b_disc
@@ -121,16 +120,14 @@ def make_step(
     inputs: dict[str, Tensor], variant: str, kind: str, forward_only: bool
 ) -> Step:
     """One forward pass, or forward and backward, of a variant."""
-    backend, fused = VARIANTS[variant]
 
     def scan() -> Tensor:
-        os.environ['MMSTABVIM_FUSED'] = fused
         return selective_scan(
             **inputs,
             delta_softplus=True,
             b_disc=KINDS[kind][1],
             channels_last=True,
-            backend=backend,
+            backend=VARIANTS[variant],
         )
 
     return lambda: _run(scan, list(inputs.values()), forward_only)
@@ -159,7 +156,6 @@ def make_direction_steps(
     }
     for x in stacked.values():
         x.requires_grad_()
-    os.environ['MMSTABVIM_FUSED'] = '1'
 
     def two_calls() -> Tensor:
         y = [
@@ -168,7 +164,7 @@ def make_direction_steps(
                 delta_softplus=True,
                 reverse=reverse,
                 channels_last=True,
-                backend='cpu',
+                backend='fused',
             )
             for part, reverse in zip(parts, (False, True), strict=True)
         ]
@@ -176,7 +172,7 @@ def make_direction_steps(
 
     def one_call() -> Tensor:
         y = selective_scan_directions(
-            **stacked, delta_softplus=True, backend='cpu'
+            **stacked, delta_softplus=True, backend='fused'
         )
         return y[0] + y[1]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mmstabvim.engine.hooks.stabilizer_hook import (
     StabilizerHook,
-    bare_model,
     optimizers_of,
 )
+from mmstabvim.engine.runner_access import bare_model
 from mmstabvim.layers.scan_order import direction_name
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.layers.state_matrix import (

@@ -212,7 +212,7 @@ class StateMatrix(ParametrizedMatrix, nn.Module):
     def free(self) -> Params:
         """The parameters themselves, before reparametrizations."""
         names = self.parametrization.names
-        return tuple(self.get_parameter(name) for name in names)
+        return tuple(getattr(self, name) for name in names)
 
     @property
     def numbers(self) -> int:

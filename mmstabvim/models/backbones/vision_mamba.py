@@ -247,7 +247,9 @@ class VisionMamba(BaseModule):
             for rate in [0.0, *rates][: self.num_layers]
         )
         self.drop_path = DropPath(drop_path_rate)
-        self.norm = RMSNorm(self.embed_dims) if final_norm else nn.Identity()
+        self.norm: nn.Module = nn.Identity()
+        if final_norm:
+            self.norm = RMSNorm(self.embed_dims, backend=backend)
         if feature != 'normed' and last_layer != 'add_norm':
             # kept for checkpoints; DDP wants no weight without gradient
             self.norm.requires_grad_(False)

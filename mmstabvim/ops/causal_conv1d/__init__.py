@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from mmstabvim.ops.backend import autocast_dtype
-from mmstabvim.ops.causal_conv1d import fused
-from mmstabvim.ops.causal_conv1d.function import (
-    causal_conv1d_op,
-    supports_triton,
-)
+from mmstabvim.ops.causal_conv1d.function import BACKENDS, causal_conv1d_op
 from mmstabvim.ops.causal_conv1d.reference import (
     causal_conv1d_directions_ref,
     causal_conv1d_ref,
@@ -18,6 +14,7 @@ from mmstabvim.ops.causal_conv1d.reference import (
 
 __all__ = [
     'ACTIVATIONS',
+    'BACKENDS',
     'causal_conv1d',
     'causal_conv1d_directions',
     'causal_conv1d_directions_ref',
@@ -33,6 +30,7 @@ def causal_conv1d(
     bias: Tensor | None = None,
     reverse: bool = False,
     activation: str | None = None,
+    backend: str = 'auto',
 ) -> Tensor:
     """Depthwise convolution in which a token sees itself and the past only.
 
@@ -40,11 +38,7 @@ def causal_conv1d(
     before the first token. With ``reverse`` the past of a token are the
     tokens after it: the result equals flipping ``x`` and flipping back.
 
-    On a CPU a fused kernel computes convolution and activation in float32
-    and rounds once, provided that there is a C++ compiler, that the inputs
-    share one dtype of at most 32 bits, and that ``width`` is at most 8. On a
-    GPU a Triton kernel does, on the same conditions on the inputs.
-    Otherwise it is PyTorch's convolution.
+    The kernels compute convolution and activation in float32 and round once.
 
     Args:
         x (Tensor): (batch, length, dim).
@@ -54,12 +48,25 @@ def causal_conv1d(
             False.
         activation (str, optional): ``'silu'``, applied to the result.
             Defaults to None.
+        backend (str): ``'auto'``, ``'reference'`` (PyTorch), ``'fused'``
+            (C++, on a CPU with a compiler) or ``'triton'``; the latter two
+            take inputs of one dtype of at most 32 bits and a width of at
+            most 8. ``'auto'`` obeys the environment variable
+            MMSTABVIM_BACKEND, else is the fastest that fits the inputs on
+            their device. Defaults to ``'auto'``.
 
     Returns:
         Tensor: (batch, length, dim), dtype of ``x``, or of autocast.
 
     Raises:
-        ValueError: If the shapes do not fit or the activation is unknown.
+        RuntimeError: If the backend cannot run here.
+        TypeError: If a dtype does not fit the backend.
+        ValueError: If the shapes do not fit or a name is unknown.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0])[None, :, None]
+        >>> causal_conv1d(x, torch.tensor([[1.0, 10.0]])).flatten()
+        tensor([10., 21., 32.])
     """
     if x.dim() != 3 or weight.dim() != 2 or weight.shape[0] != x.shape[-1]:
         raise ValueError(
@@ -69,7 +76,9 @@ def causal_conv1d(
     if bias is not None:
         _check_bias(bias, weight)
         bias = bias.unsqueeze(0)
-    y = _convolve(x, weight.unsqueeze(0), bias, (reverse,), activation)
+    y = _convolve(
+        x, weight.unsqueeze(0), bias, (reverse,), activation, backend
+    )
     return y.squeeze(0)
 
 
@@ -79,14 +88,16 @@ def causal_conv1d_directions(
     bias: Tensor | None = None,
     reverse: Sequence[bool] = (False, True),
     activation: str | None = None,
+    backend: str = 'auto',
 ) -> Tensor:
-    """Several :func:`causal_conv1d` over the same tokens, in one call.
+    """Run several :func:`causal_conv1d` side by side, in one call.
 
-    The kernels of a GPU read ``x`` once for all directions and sum its
-    gradient over them.
+    The kernels of a GPU read a shared ``x`` once for all directions and sum
+    its gradient over them.
 
     Args:
-        x (Tensor): (batch, length, dim), seen by every direction.
+        x (Tensor): (batch, length, dim), shared by all directions, or
+            (directions, batch, length, dim).
         weight (Tensor): (directions, dim, width), as in
             :func:`causal_conv1d`.
         bias (Tensor, optional): (directions, dim).
@@ -94,18 +105,34 @@ def causal_conv1d_directions(
             the last token to the first. Defaults to (False, True).
         activation (str, optional): ``'silu'``, applied to the result.
             Defaults to None.
+        backend (str): As in :func:`causal_conv1d`. Defaults to ``'auto'``.
 
     Returns:
         Tensor: (directions, batch, length, dim), dtype of ``x``, or of
         autocast.
 
     Raises:
-        ValueError: If the shapes do not fit or the activation is unknown.
+        RuntimeError: If the backend cannot run here.
+        TypeError: If a dtype does not fit the backend.
+        ValueError: If the shapes do not fit or a name is unknown.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0])[None, :, None]
+        >>> taps = torch.tensor([[1.0, 10.0]])
+        >>> causal_conv1d_directions(x, torch.stack([taps, taps])).squeeze()
+        tensor([[10., 21., 32.],
+                [12., 23., 30.]])
     """
-    if x.dim() != 3 or weight.dim() != 3 or weight.shape[1] != x.shape[-1]:
+    shared = x.dim() == 3
+    if (
+        not (shared or x.shape[:-3] == weight.shape[:1])
+        or weight.dim() != 3
+        or weight.shape[1] != x.shape[-1]
+    ):
         raise ValueError(
-            'x must be (batch, length, dim) and weight (directions, dim, '
-            f'width), got {tuple(x.shape)} and {tuple(weight.shape)}'
+            'x must be (batch, length, dim) or (directions, batch, length, '
+            'dim) and weight (directions, dim, width), got '
+            f'{tuple(x.shape)} and {tuple(weight.shape)}'
         )
     if not len(reverse) == weight.shape[0] > 0:
         raise ValueError(
@@ -114,7 +141,7 @@ def causal_conv1d_directions(
         )
     if bias is not None:
         _check_bias(bias, weight)
-    return _convolve(x, weight, bias, tuple(reverse), activation)
+    return _convolve(x, weight, bias, tuple(reverse), activation, backend)
 
 
 def _check_bias(bias: Tensor, weight: Tensor) -> None:
@@ -131,8 +158,9 @@ def _convolve(
     bias: Tensor | None,
     reverse: tuple[bool, ...],
     activation: str | None,
+    backend: str,
 ) -> Tensor:
-    """All directions, by whatever fits the inputs."""
+    """All directions, each with its weight."""
     if activation not in ACTIVATIONS:
         raise ValueError(
             f'activation must be one of {ACTIVATIONS}, got {activation!r}'
@@ -141,12 +169,16 @@ def _convolve(
     if dtype is not None:
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-    inputs = (x, weight, bias)
-    fits = supports_triton(*inputs) or fused.supports(*inputs)
-    conv = causal_conv1d_op if fits else causal_conv1d_directions_ref
-    return conv(x, weight, bias, reverse, activation)
+    chosen = BACKENDS.choose(backend, x, weight, bias)
+    if chosen == 'reference':
+        return causal_conv1d_directions_ref(
+            x, weight, bias, reverse, activation
+        )
+    order = [int(flag) for flag in reverse]
+    y: Tensor = causal_conv1d_op(x, weight, bias, order, activation, chosen)
+    return y
 
 
 def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to an input of a convolution: not to float64."""
+    """Convert an input as autocast would: not float64."""
     return x if x.dtype == torch.float64 else x.to(dtype)

@@ -18,6 +18,9 @@ SPAN = 64
 """Most tokens of a task; fixed, so that sums do not depend on the number of
 threads."""
 
+SHARED = 3
+"""Axes of an x that all directions share: (batch, length, dim)."""
+
 
 class _View(ctypes.Structure):
     """``View`` of fused.cpp: a tensor by its address and strides."""
@@ -55,35 +58,20 @@ class _Conv(ctypes.Structure):
     )
 
 
-def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether a kernel computes what PyTorch would from these inputs.
-
-    They need one device, one dtype of at most 32 bits, at least one element,
-    and at most ``MAX_WIDTH`` columns.
-    """
-    given = (x, weight) if bias is None else (x, weight, bias)
-    return (
-        all(tensor.device == x.device for tensor in given)
-        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and all(tensor.dtype == x.dtype for tensor in given)
-        and 1 <= weight.shape[-1] <= MAX_WIDTH
-        and 0 not in x.shape
+def refusal() -> Exception | None:
+    """Return the error to raise where the kernel cannot be built."""
+    if _available():
+        return None
+    return RuntimeError(
+        'the fused backend of causal_conv1d cannot run: its C++ kernel could '
+        'not be built, the log says why'
     )
-
-
-def supports(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether the fused path can run these inputs here.
-
-    It needs tensors on a CPU that :func:`fits` accepts, and a compiler.
-    """
-    return x.device.type == 'cpu' and fits(x, weight, bias) and available()
 
 
 # torch.compile must not look inside: it knows no ctypes
 @torch.compiler.assume_constant_result
-def available() -> bool:
-    """Whether the kernel is built, or can be, and is not turned off."""
-    return native.enabled() and library() is not None
+def _available() -> bool:
+    return library() is not None
 
 
 def forward(
@@ -93,11 +81,14 @@ def forward(
     reverse: Sequence[bool],
     activation: str | None,
 ) -> Tensor:
-    """As :func:`.reference.causal_conv1d_directions_ref`."""
+    """Compute :func:`.reference.causal_conv1d_directions_ref`."""
     x, taps, biases = _rows(x), _taps(weight), _biases(bias)
-    y = x.new_empty((len(reverse), *x.shape))
+    y = x.new_empty((len(reverse), *x.shape[-3:]))
     for k, flag in enumerate(reverse):
-        conv = _arguments(x, taps, biases, k, flag, activation, y=_view(y[k]))
+        own = x if x.dim() == SHARED else x[k]
+        conv = _arguments(
+            own, taps, biases, k, flag, activation, y=_view(y[k])
+        )
         _built().mmstabvim_conv_forward(ctypes.byref(conv))
     return y.to(weight.dtype)
 
@@ -110,25 +101,25 @@ def backward(
     reverse: Sequence[bool],
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (whatever the latter, if absent)."""
+    """Compute the gradients of x, weight and bias (any, if it is absent)."""
     x, taps, biases = _rows(x), _taps(weight), _biases(bias)
     dx = x.new_empty(x.shape)
     dweight = dx.new_empty(weight.shape)
     dbias = dx.new_empty(weight.shape[:2])
     _, width, dim = taps.shape
-    parts = dx.new_empty(x.shape[0], _spans(x), width + 1, dim)
+    parts = dx.new_empty(x.shape[-3], _spans(x), width + 1, dim)
     for k, flag in enumerate(reverse):
-        rows = _rows(dy[k])
+        rows, shared = _rows(dy[k]), x.dim() == SHARED
         conv = _arguments(
-            x,
+            x if shared else x[k],
             taps,
             biases,
             k,
             flag,
             activation,
-            accumulate=k > 0,
+            accumulate=shared and k > 0,
             dy=_view(rows),
-            dx=_view(dx),
+            dx=_view(dx if shared else dx[k]),
             parts=parts.data_ptr(),
             dweight=dweight[k].data_ptr(),
             dbias=dbias[k].data_ptr(),
@@ -147,7 +138,7 @@ def _arguments(
     activation: str | None,
     **others: Any,
 ) -> _Conv:
-    """What both passes pass on; the tensors must outlive the call."""
+    """Arguments of both passes; the tensors must outlive the call."""
     batch, length, dim = x.shape
     return _Conv(
         batch=batch,
@@ -166,7 +157,7 @@ def _arguments(
 
 
 def _spans(x: Tensor) -> int:
-    return -(-x.shape[1] // SPAN)
+    return -(-x.shape[-2] // SPAN)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -195,5 +186,5 @@ def _built() -> ctypes.CDLL:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled ``fused.cpp``, or None."""
+    """Return the compiled ``fused.cpp``, or None."""
     return native.load(SOURCE, 'causal_conv1d')

@@ -104,7 +104,7 @@ def _add_to_dx(
     dx, g, taps, S: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr,
     DIRECTIONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """What direction K gives the first token of window S."""
+    """Contribution of direction K to the first token of window S."""
     for j in tl.static_range(WIDTH):
         dx += (
             taps[K * (WIDTH + 1) + j]

@@ -14,7 +14,7 @@ def causal_conv1d_ref(
     reverse: bool = False,
     activation: str | None = None,
 ) -> Tensor:
-    """As :func:`mmstabvim.ops.causal_conv1d`, any device and dtype."""
+    """Compute :func:`mmstabvim.ops.causal_conv1d`, any device and dtype."""
     past = weight.shape[1] - 1
     pad = (0, past) if reverse else (past, 0)
     kernel = weight.flip(-1) if reverse else weight
@@ -35,9 +35,16 @@ def causal_conv1d_directions_ref(
     reverse: Sequence[bool] = (False, True),
     activation: str | None = None,
 ) -> Tensor:
-    """As :func:`mmstabvim.ops.causal_conv1d_directions`."""
-    biases = [None] * len(reverse) if bias is None else bias.unbind()
-    options = zip(weight.unbind(), biases, reverse, strict=True)
+    """Compute :func:`mmstabvim.ops.causal_conv1d_directions`."""
     return torch.stack(
-        [causal_conv1d_ref(x, *option, activation) for option in options]
+        [
+            causal_conv1d_ref(
+                x if x.dim() == 3 else x[k],
+                weight[k],
+                None if bias is None else bias[k],
+                flag,
+                activation,
+            )
+            for k, flag in enumerate(reverse)
+        ]
     )

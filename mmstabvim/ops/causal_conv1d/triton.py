@@ -5,7 +5,7 @@ same bits from run to run. Import this file only where it is used: it imports
 triton.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from mmstabvim.ops.backend import launch
+from mmstabvim.ops.causal_conv1d.fused import SHARED
 from mmstabvim.ops.causal_conv1d.kernels import (
     _conv_bwd_kernel,
     _conv_fwd_kernel,
@@ -41,24 +42,11 @@ def forward(
     reverse: Sequence[bool],
     activation: str | None,
 ) -> Tensor:
-    """As :func:`.reference.causal_conv1d_directions_ref`."""
-    x = _rows(x)
-    y = x.new_empty((len(reverse), *x.shape))
-    blocks, span = tiling(*x.shape)
-    launch(
-        _conv_fwd_kernel,
-        _grid(x, blocks, FORWARD_OPTIONS),
-        x,
-        *_parameters(weight, bias),
-        y,
-        *x.shape[1:],
-        blocks,
-        span,
-        *x.stride()[:2],
-        y.stride(0),
-        **_constants(weight, reverse, activation),
-        **FORWARD_OPTIONS,
-    )
+    """Compute :func:`.reference.causal_conv1d_directions_ref`."""
+    y = x.new_empty((len(reverse), *x.shape[-3:]))
+    for x_k, k in _launches(x, reverse):
+        parameters = _parameters(weight[k], bias, k)
+        _forward(x_k, *parameters, y[k], reverse[k], activation)
     return y
 
 
@@ -71,19 +59,80 @@ def backward(
     reverse: Sequence[bool],
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (whatever the latter, if absent)."""
-    x, dy = _rows(x), _rows(dy)
-    width = weight.shape[2]
+    """Compute the gradients of x, weight and bias (any, if it is absent)."""
+    dx, dweight = x.new_empty(x.shape), weight.new_empty(weight.shape)
+    dbias = weight.new_empty(weight.shape[:2])
+    for i, (x_k, k) in enumerate(_launches(x, reverse)):
+        parameters = _parameters(weight[k], bias, k)
+        dx_k = dx if x.dim() == SHARED else dx[i]
+        sums = _backward(dy[k], x_k, *parameters, dx_k, reverse[k], activation)
+        dweight[k].copy_(sums[:, :-1].transpose(1, 2))
+        dbias[k].copy_(sums[:, -1])
+    return dx, dweight, dbias
+
+
+def _launches(
+    x: Tensor, reverse: Sequence[bool]
+) -> Iterator[tuple[Tensor, slice]]:
+    """Tokens, and the directions that read them in one launch."""
+    if x.dim() == SHARED:
+        yield _rows(x), slice(len(reverse))
+    else:
+        for k in range(len(reverse)):
+            yield _rows(x[k]), slice(k, k + 1)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    reverse: Sequence[bool],
+    activation: str | None,
+) -> None:
+    """Fill y (directions, batch, length, dim), contiguous, from one x."""
     blocks, span = tiling(*x.shape)
-    dx = x.new_empty(x.shape)
-    shape = (x.shape[0] * blocks, len(reverse), width + 1, x.shape[2])
-    parts = x.new_empty(shape, dtype=torch.float32)
+    launch(
+        _conv_fwd_kernel,
+        _grid(x, blocks, FORWARD_OPTIONS),
+        x,
+        weight,
+        bias,
+        y,
+        *x.shape[1:],
+        blocks,
+        span,
+        *x.stride()[:2],
+        y.stride(0),
+        **_constants(weight, reverse, activation),
+        **FORWARD_OPTIONS,
+    )
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dx: Tensor,
+    reverse: Sequence[bool],
+    activation: str | None,
+) -> Tensor:
+    """Fill dx, as one x; return the gradients of weight and bias.
+
+    (directions, width + 1, dim), those of the bias last, in float32.
+    """
+    dy = _rows(dy)
+    blocks, span = tiling(*x.shape)
+    shape = (x.shape[0] * blocks, len(reverse), weight.shape[2] + 1)
+    parts = x.new_empty((*shape, x.shape[2]), dtype=torch.float32)
     launch(
         _conv_bwd_kernel,
         _grid(x, blocks, BACKWARD_OPTIONS),
         dy,
         x,
-        *_parameters(weight, bias),
+        weight,
+        bias,
         dx,
         parts,
         *x.shape[1:],
@@ -94,14 +143,11 @@ def backward(
         **_constants(weight, reverse, activation),
         **BACKWARD_OPTIONS,
     )
-    sums = parts.sum(0)
-    dweight = weight.new_empty(weight.shape)
-    dweight.copy_(sums[:, :width].transpose(1, 2))
-    return dx, dweight, sums[:, width].to(weight.dtype, copy=True)
+    return parts.sum(0)
 
 
 def tiling(batch: int, length: int, dim: int) -> tuple[int, int]:
-    """Programs along a sequence, and tokens of a span, as equal as may be."""
+    """Choose programs along a sequence, and tokens of a span, nearly equal."""
     blocks_d = triton.cdiv(dim, BACKWARD_OPTIONS['BLOCK_D'])
     for most in SPANS:
         blocks = triton.cdiv(length, BLOCK_R * most)
@@ -116,9 +162,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _parameters(
-    weight: Tensor, bias: Tensor | None
+    weight: Tensor, bias: Tensor | None, k: slice
 ) -> tuple[Tensor, Tensor | None]:
-    return weight.contiguous(), None if bias is None else bias.contiguous()
+    return weight.contiguous(), None if bias is None else bias[k].contiguous()
 
 
 def _grid(x: Tensor, blocks: int, options: dict[str, Any]) -> tuple[int, int]:

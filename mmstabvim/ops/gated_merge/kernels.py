@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of the gated merge, ``out = sum_k y[k] * silu(z) / K``.
+"""Triton kernels of the gated merge, ``out = sum_k y[k] * silu(z) / DIVISOR``.
 
 A program owns a tile of (BLOCK_L tokens, BLOCK_D channels) of a sequence.
 """
@@ -36,14 +36,15 @@ def _merge_fwd_kernel(
     out_ptr,  # as z, contiguous
     length, dim, blocks,
     y_direction, y_batch, y_token, z_batch, z_token,  # strides
-    DIRECTIONS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIRECTIONS: tl.constexpr, DIVISOR: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch, t, d, mask = _place(blocks, length, dim, BLOCK_L, BLOCK_D)
     z_ptr += batch * z_batch + t * z_token + d
     z = tl.load(z_ptr, mask=mask, other=0.0).to(tl.float32)
     y_ptr += batch * y_batch + t * y_token + d
     total = _sum_directions(y_ptr, y_direction, mask, DIRECTIONS)
-    out = total * _silu(z) / DIRECTIONS
+    out = total * _silu(z) / DIVISOR
     tl.store(out_ptr + (batch * length + t) * dim + d, out, mask=mask)
 
 
@@ -54,13 +55,14 @@ def _merge_bwd_kernel(
     length, dim, blocks,
     dout_batch, dout_token,  # strides
     y_direction, y_batch, y_token, z_batch, z_token,
-    DIRECTIONS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIRECTIONS: tl.constexpr, DIVISOR: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     batch, t, d, mask = _place(blocks, length, dim, BLOCK_L, BLOCK_D)
     z_ptr += batch * z_batch + t * z_token + d
     z = tl.load(z_ptr, mask=mask, other=0.0).to(tl.float32)
     dout_ptr += batch * dout_batch + t * dout_token + d
-    dout = tl.load(dout_ptr, mask=mask, other=0.0).to(tl.float32) / DIRECTIONS
+    dout = tl.load(dout_ptr, mask=mask, other=0.0).to(tl.float32) / DIVISOR
     y_ptr += batch * y_batch + t * y_token + d
     total = _sum_directions(y_ptr, y_direction, mask, DIRECTIONS)
     value, slope = _silu_and_slope(z)

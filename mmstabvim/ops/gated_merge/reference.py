@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def gated_merge_ref(y: Tensor, z: Tensor) -> Tensor:
-    """As :func:`mmstabvim.ops.gated_merge`, any device and dtype."""
+def gated_merge_ref(y: Tensor, z: Tensor, divisor: int) -> Tensor:
+    """Compute ``sum_k y[k] * silu(z) / divisor``, any device and dtype."""
     wide = torch.promote_types(y.dtype, z.dtype)
     wide = torch.promote_types(wide, torch.float32)
-    merged = y.to(wide).sum(0) * F.silu(z.to(wide)) / len(y)
+    merged = y.to(wide).sum(0) * F.silu(z.to(wide)) / divisor
     return merged.to(y.dtype)

@@ -20,8 +20,8 @@ TILE: dict[str, Any] = dict(BLOCK_L=16, BLOCK_D=128, num_warps=4)
 
 
 @torch.no_grad()
-def forward(y: Tensor, z: Tensor) -> Tensor:
-    """As :func:`.reference.gated_merge_ref`."""
+def forward(y: Tensor, z: Tensor, divisor: int) -> Tensor:
+    """Compute :func:`.reference.gated_merge_ref`."""
     y, z = _rows(y), _rows(z)
     out = y.new_empty(z.shape)
     launch(
@@ -34,14 +34,17 @@ def forward(y: Tensor, z: Tensor) -> Tensor:
         *y.stride()[:3],
         *z.stride()[:2],
         DIRECTIONS=len(y),
+        DIVISOR=divisor,
         **TILE,
     )
     return out
 
 
 @torch.no_grad()
-def backward(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of any one direction of y, and of z."""
+def backward(
+    dout: Tensor, y: Tensor, z: Tensor, divisor: int
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of any one direction of y, and of z."""
     dout, y, z = _rows(dout), _rows(y), _rows(z)
     dy, dz = y.new_empty(z.shape), z.new_empty(z.shape)
     launch(
@@ -57,6 +60,7 @@ def backward(dout: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         *y.stride()[:3],
         *z.stride()[:2],
         DIRECTIONS=len(y),
+        DIVISOR=divisor,
         **TILE,
     )
     return dy, dz
@@ -68,7 +72,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _blocks(z: Tensor) -> int:
-    return triton.cdiv(z.shape[1], TILE['BLOCK_L'])
+    return int(triton.cdiv(z.shape[1], TILE['BLOCK_L']))
 
 
 def _grid(z: Tensor) -> tuple[int, int]:

@@ -4,11 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmstabvim.ops.backend import no_autocast
+
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
-    """As :func:`mmstabvim.ops.rms_norm`, any device and dtype."""
+    """Compute :func:`mmstabvim.ops.rms_norm` on any device and dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x.device):
         normed = F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps)
     return normed.to(x.dtype)
 
@@ -26,6 +28,6 @@ def add_rms_norm_ref(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`mmstabvim.ops.add_rms_norm`, any device and dtype."""
+    """Compute :func:`mmstabvim.ops.add_rms_norm` on any device and dtype."""
     stream = add_residual(hidden, residual)
     return rms_norm_ref(stream, weight, eps).to(out_dtype), stream

@@ -29,7 +29,7 @@ def forward(
     eps: float,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Normalized tokens, and the stream: empty without a residual."""
+    """Compute normalized tokens, and the stream: empty without a residual."""
     x = x.contiguous()
     normed = x.new_empty(x.shape, dtype=out_dtype)
     with_residual = residual is not None
@@ -62,7 +62,7 @@ def backward(
     x_dtype: torch.dtype,
     split: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual, and of the weight.
+    """Compute the gradients of x, of the residual, and of the weight.
 
     That of the residual is that of x in float32; without ``split`` it is
     empty.
@@ -95,7 +95,7 @@ def backward(
 
 
 def tile_options(dim: int) -> dict[str, Any]:
-    """Tokens and channels of a tile, and the warps that hold it."""
+    """Choose tokens and channels of a tile, and the warps that hold it."""
     block_d = triton.next_power_of_2(dim)
     return dict(
         BLOCK_R=max(1, TILE_NUMEL // block_d),

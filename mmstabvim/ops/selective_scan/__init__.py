@@ -2,22 +2,18 @@
 
 ``reference`` is the definition in differentiable PyTorch, ``cpu`` the same
 function with a hand-written backward pass that stores states at chunk borders
-only, ``triton`` that in kernels for a GPU. README.md beside this file derives
-the backward pass.
+only, ``fused`` that in C++ for a CPU, ``triton`` that in kernels for a GPU.
+README.md beside this file derives the backward pass.
 """
 
-import logging
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmstabvim.log import print_log
-from mmstabvim.ops.backend import ENVIRONMENT_VARIABLE, has_triton
 from mmstabvim.ops.selective_scan.discretization import B_DISCS
-from mmstabvim.ops.selective_scan.function import scan_op, scan_triton_op
+from mmstabvim.ops.selective_scan.function import BACKENDS, scan_op
 from mmstabvim.ops.selective_scan.inputs import ScanInputs
 from mmstabvim.ops.selective_scan.reference import (
     scan_ref,
@@ -31,14 +27,6 @@ __all__ = [
     'selective_scan_directions',
     'selective_scan_ref',
 ]
-
-BACKENDS: dict[str, Callable[[ScanInputs], tuple[Tensor, Tensor]]] = {
-    'reference': scan_ref,
-    'cpu': scan_op,
-    'triton': scan_triton_op,
-}
-
-_announced: set[tuple[str, str]] = set()
 
 
 def selective_scan(
@@ -58,7 +46,7 @@ def selective_scan(
     channels_last: bool = False,
     backend: str = 'auto',
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Selective scan, call-compatible with mamba_ssm's selective_scan_fn.
+    """Run a selective scan; takes mamba_ssm's selective_scan_fn's arguments.
 
     With ``dt = softplus(delta + delta_bias)``, per channel::
 
@@ -100,10 +88,12 @@ def selective_scan(
             (batch, length, dim), ``B`` and ``C`` (batch, length, state) or
             (batch, length, groups, state), complex where ``A`` is. Defaults
             to False.
-        backend (str): ``'auto'``, ``'reference'``, ``'cpu'`` or ``'triton'``
-            (float32 state, at most 64 modes). ``'auto'`` obeys the
-            environment variable MMSTABVIM_BACKEND, else is ``'triton'`` on a
-            GPU and ``'cpu'`` elsewhere. Defaults to ``'auto'``.
+        backend (str): ``'auto'``, ``'reference'``, ``'cpu'``, ``'fused'`` (a
+            CPU with a compiler, float32 state) or ``'triton'`` (float32
+            state, at most 64 modes). ``'auto'`` obeys the environment
+            variable MMSTABVIM_BACKEND, else is ``'triton'`` on a GPU and
+            elsewhere ``'fused'`` where it can run, else ``'cpu'``. Defaults
+            to ``'auto'``.
 
     Returns:
         Tensor | tuple[Tensor, Tensor]: The output, shape and dtype of ``u``;
@@ -111,16 +101,23 @@ def selective_scan(
         (token 0 with ``reverse``), (batch, dim, state), float32 or wider.
 
     Raises:
+        NotImplementedError: If derivatives or transforms are asked for that
+            only ``'reference'`` has: of second order, in forward mode, vmap.
         RuntimeError: If the backend cannot run here.
         TypeError: If a tensor's dtype does not fit.
         ValueError: If shapes or devices do not fit, or a name is unknown.
 
+    Example:
+        >>> u, A, B = torch.ones(1, 1, 3), torch.zeros(1, 1), torch.ones(1, 1)
+        >>> selective_scan(u, u, A, B, B)  # no decay: a sum
+        tensor([[[1., 2., 3.]]])
+
     Source: arXiv:2312.00752, Algorithm 2.
     """
     _check_b_disc(b_disc)
-    tensors = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z)
-    tensors['delta_bias'] = delta_bias
-    _check_tensors(tensors)
+    _check_tensors(
+        u, A, delta=delta, B=B, C=C, D=D, z=z, delta_bias=delta_bias
+    )
     if not channels_last:
         u, delta = u.transpose(1, 2), delta.transpose(1, 2)
         z = None if z is None else z.transpose(1, 2)
@@ -129,18 +126,18 @@ def selective_scan(
     C = _canonical('C', C, u, A, channels_last)
     _check_groups(B, C, u.shape[-1])
     inputs = ScanInputs(
-        u[None],
-        delta[None],
-        A[None],
-        B[None],
-        C[None],
-        None if D is None else D[None],
-        None if delta_bias is None else delta_bias[None],
-        delta_softplus,
-        (reverse,),
-        b_disc,
+        u=u[None],
+        delta=delta[None],
+        A=A[None],
+        B=B[None],
+        C=C[None],
+        D=None if D is None else D[None],
+        delta_bias=None if delta_bias is None else delta_bias[None],
+        delta_softplus=delta_softplus,
+        reverse=(reverse,),
+        b_disc=b_disc,
     )
-    out, last = BACKENDS[_resolve(backend, u.device)](inputs)
+    out, last = _scan(inputs, backend)
     out, last = out[0], last[0]
     if z is not None:
         out = out * F.silu(z.to(out.dtype))
@@ -163,7 +160,7 @@ def selective_scan_directions(
     b_disc: str = 'euler',
     backend: str = 'auto',
 ) -> Tensor:
-    """Several selective scans of one shape side by side, as one operation.
+    """Run several selective scans of one shape side by side, in one call.
 
     Entry ``k`` of the result is ``selective_scan(u[k], ...,
     reverse=reverse[k], channels_last=True)``: the two directions of a
@@ -194,23 +191,38 @@ def selective_scan_directions(
         RuntimeError: If the backend cannot run here.
         TypeError: If a tensor's dtype does not fit.
         ValueError: If shapes or devices do not fit, or a name is unknown.
+
+    Example:
+        >>> u, A = torch.ones(2, 1, 3, 1), torch.zeros(2, 1, 1)
+        >>> B = torch.ones(2, 1, 1)
+        >>> selective_scan_directions(u, u, A, B, B).squeeze()
+        tensor([[1., 2., 3.],
+                [3., 2., 1.]])
     """
     _check_b_disc(b_disc)
     inputs = ScanInputs(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        delta_softplus,
-        tuple(map(bool, reverse)),
-        b_disc,
+        u=u,
+        delta=delta,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        reverse=tuple(map(bool, reverse)),
+        b_disc=b_disc,
     )
     _check_directions(inputs)
-    y, _ = BACKENDS[_resolve(backend, u.device)](inputs)
+    y, _ = _scan(inputs, backend)
     return y.to(u.dtype)
+
+
+def _scan(inputs: ScanInputs, backend: str) -> tuple[Tensor, Tensor]:
+    """All directions, and their last states."""
+    chosen = BACKENDS.choose(backend, *inputs.tensors)
+    if chosen == 'reference':
+        return scan_ref(inputs)
+    return scan_op(inputs, chosen)
 
 
 def _check_b_disc(b_disc: str) -> None:
@@ -221,7 +233,6 @@ def _check_b_disc(b_disc: str) -> None:
 def _check_directions(inputs: ScanInputs) -> None:
     """Every tensor with its directions first; the rest by the first one."""
     directions = len(inputs.reverse)
-    first: dict[str, Tensor | None] = {}
     for name, x in zip(ScanInputs._fields, inputs.tensors, strict=False):
         if x is None:
             continue
@@ -230,11 +241,14 @@ def _check_directions(inputs: ScanInputs) -> None:
                 f'{name} must have the {directions} directions of reverse '
                 f'first (at least one), got {tuple(x.shape)}'
             )
-        first[name] = x[0]
-    _check_tensors(first)
-    u, A, B, C = (x[0] for x in (inputs.u, inputs.A, inputs.B, inputs.C))
-    optional = first.get('D'), None, first.get('delta_bias')
-    _check_shapes(u, inputs.delta[0], A, *optional)
+    u, delta, A, B, C = (
+        x[0] for x in (inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C)
+    )
+    D, bias = (
+        None if x is None else x[0] for x in (inputs.D, inputs.delta_bias)
+    )
+    _check_tensors(u, A, delta=delta, B=B, C=C, D=D, delta_bias=bias)
+    _check_shapes(u, delta, A, D, None, bias)
     for name, matrix in (('B', B), ('C', C)):
         if matrix.dim() == 3:
             raise ValueError(
@@ -246,14 +260,12 @@ def _check_directions(inputs: ScanInputs) -> None:
     _check_groups(B, C, u.shape[-1])
 
 
-def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
+def _check_tensors(u: Tensor, A: Tensor, **others: Tensor | None) -> None:
     """Every tensor floating and on one device; u, delta, z of rank 3."""
-    device = tensors['u'].device  # type: ignore[union-attr]
-    complex_a = tensors['A'].is_complex()  # type: ignore[union-attr]
-    for name, tensor in tensors.items():
+    for name, tensor in dict(u=u, A=A, **others).items():
         if tensor is None:
             continue
-        may_be_complex = name == 'A' or (name in 'BC' and complex_a)
+        may_be_complex = name == 'A' or (name in 'BC' and A.is_complex())
         if not (
             tensor.is_floating_point()
             or (may_be_complex and tensor.is_complex())
@@ -262,9 +274,9 @@ def _check_tensors(tensors: dict[str, Tensor | None]) -> None:
                 f'{name} must have a {"real " * (not may_be_complex)}floating '
                 f'dtype, got {tensor.dtype}'
             )
-        if tensor.device != device:
+        if tensor.device != u.device:
             raise ValueError(
-                f'{name} must be on the device of u ({device}), got '
+                f'{name} must be on the device of u ({u.device}), got '
                 f'{tensor.device}'
             )
         if name in ('u', 'delta', 'z') and tensor.dim() != 3:
@@ -358,47 +370,4 @@ def _matrix_shapes(
     return (
         f'{constant}, (batch, state, length) = ({batch}, {state}, {length}) '
         'or (batch, groups, state, length)'
-    )
-
-
-def _resolve(backend: str, device: torch.device) -> str:
-    """Name of the backend: the argument, the environment, the device."""
-    chosen, source = backend, 'backend'
-    if chosen == 'auto':
-        chosen = os.environ.get(ENVIRONMENT_VARIABLE, 'auto')
-        source = ENVIRONMENT_VARIABLE
-    if chosen == 'auto':
-        chosen = _for_device(device)
-    if chosen not in BACKENDS:
-        raise ValueError(
-            f'{source} must be one of {("auto", *BACKENDS)}, got {chosen!r}'
-        )
-    if not torch.compiler.is_compiling():
-        _announce(chosen, device.type)
-    return chosen
-
-
-def _for_device(device: torch.device) -> str:
-    """Never something slow on a GPU unasked."""
-    if device.type != 'cuda':
-        return 'cpu'
-    if not has_triton():
-        raise RuntimeError(
-            'selective_scan needs triton on a GPU, but it cannot be imported: '
-            "install it (pip install triton), or choose backend='cpu' (or "
-            f'{ENVIRONMENT_VARIABLE}=cpu), which runs there too, but slowly'
-        )
-    return 'triton'
-
-
-def _announce(backend: str, device_type: str) -> None:
-    """Say once per device what was picked."""
-    if (backend, device_type) in _announced:
-        return
-    _announced.add((backend, device_type))
-    slow = device_type == 'cuda' and backend in ('cpu', 'reference')
-    print_log(
-        f'selective_scan uses the {backend!r} backend on {device_type}'
-        + (': plain PyTorch operations, slow on a GPU' if slow else ''),
-        level=logging.WARNING if slow else logging.INFO,
     )

@@ -5,8 +5,7 @@ a whole tile at once, the recurrence one token at a time, in place, on buffers
 small enough to stay in the cache. The backward pass recomputes the states of
 one chunk at a time from the state at the chunk's border; the derivation is in
 README.md beside this file. Only tensor operations are used, so it runs on
-any device and needs no compiler. On a CPU with one, ``fused.py`` takes over
-what it supports: the same function and the same stored states, faster.
+any device and needs no compiler.
 
 Inside, a token's state is (batch, groups, state, channels of a group): the
 long axis last.
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmstabvim.ops.selective_scan import fused
+from mmstabvim.ops.backend import no_autocast
 from mmstabvim.ops.selective_scan.discretization import phi1, phi1_derivative
 from mmstabvim.ops.selective_scan.inputs import ScanInputs
 
@@ -76,13 +75,14 @@ def _prepare(inputs: ScanInputs, k: int) -> _Scan:
     real, wide, groups = inputs.real, inputs.wide, inputs.groups
 
     def by_group(x: Tensor) -> Tensor:
-        grouped = x.to(real).unflatten(-1, (groups, -1))
+        grouped: Tensor = x.to(real).unflatten(-1, (groups, -1))
         return grouped.transpose(0, 1)
 
     def by_state(x: Tensor) -> Tensor:
         x = x.to(wide)
         if x.dim() == 2:  # constant: (dim, state)
-            return x.unflatten(0, (groups, -1)).mT.contiguous()
+            x = x.unflatten(0, (groups, -1)).mT.contiguous()
+            return x
         x = x.transpose(0, 1)[..., None]
         return x if x.shape[2] == groups else x.expand(-1, -1, groups, -1, -1)
 
@@ -139,7 +139,7 @@ def _reduce_state(states: Tensor, matrix: Tensor) -> Tensor:
 
 
 def borders_shape(inputs: ScanInputs, keep_states: bool) -> tuple[int, ...]:
-    """Of the states that enter each chunk, in the order of the walk.
+    """Return the shape of the states that enter each chunk, as walked.
 
     (directions, chunks, batch, groups, state, channels of a group), no
     chunks unless ``keep_states``.
@@ -151,7 +151,7 @@ def borders_shape(inputs: ScanInputs, keep_states: bool) -> tuple[int, ...]:
 
 
 def output_dtype(inputs: ScanInputs) -> torch.dtype:
-    """Of y and of the gradients of u and delta."""
+    """Return the dtype of y and of the gradients of u and delta."""
     return inputs.real
 
 
@@ -166,13 +166,11 @@ def forward(
         last state (directions, batch, dim, state), and the states entering
         each chunk, see :func:`borders_shape`.
     """
-    if fused.supports(inputs):
-        return fused.forward(inputs, keep_states, CHUNK)
     u = inputs.u
     y = u.new_empty(u.shape, dtype=inputs.real)
     shape = borders_shape(inputs, keep_states)
     borders = u.new_empty(shape, dtype=inputs.wide)
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u.device):
         last = [
             _forward(_prepare(inputs, k), y[k], borders[k])
             for k in range(len(u))
@@ -199,17 +197,15 @@ def _forward(scan: _Scan, y: Tensor, borders: Tensor) -> Tensor:
 def backward(
     dy: Tensor, dlast: Tensor | None, borders: Tensor, inputs: ScanInputs
 ) -> tuple[Tensor, ...]:
-    """Gradients of :func:`forward`, one chunk recomputed at a time.
+    """Compute the gradients of :func:`forward`, recomputing by chunks.
 
     Returns:
         tuple[Tensor, ...]: Gradients of u, delta, A, B, C, D and delta_bias
         in the precision of the state (D's and delta_bias's are empty where
         the input is absent).
     """
-    if fused.supports(inputs):
-        return fused.backward(dy, dlast, borders, inputs, CHUNK)
     dy = dy.to(inputs.real)
-    with torch.autocast(dy.device.type, enabled=False):
+    with no_autocast(dy.device):
         grads = []
         for k in range(len(dy)):
             given = None if dlast is None else dlast[k]

@@ -1,88 +1,94 @@
-"""The scan as a PyTorch operator: autograd, fake tensors, FLOP counts.
+"""The scan as a PyTorch operator, ``mmstabvim::selective_scan``."""
 
-``mmstabvim::selective_scan`` is opaque to ``torch.compile`` (no graph break),
-has shapes without data, and is seen by ``FlopCounterMode``.
-"""
-
-import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from mmstabvim.ops.flops import teach_mmengine
+from mmstabvim.ops.backend import Backends, no_derivative, not_narrow
+from mmstabvim.ops.flops import count_flops
+from mmstabvim.ops.operator import kernels, register
+from mmstabvim.ops.selective_scan import fused
 from mmstabvim.ops.selective_scan.inputs import ScanInputs
 
+MAX_STATE = 64
+"""States per channel that a tile of the Triton kernels can hold."""
+
+MAX_DIRECTIONS = 31
+"""Bits of the Triton kernels' mask of the directions' orders."""
+
+# numbers for booleans: torch.jit.trace takes no list of bool
 _INPUTS = (
     'Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, '
     'Tensor? delta_bias, bool delta_softplus, int[] reverse, str b_disc'
 )
 
 
-def _define(name: str, module: str) -> Any:
-    """The operator ``mmstabvim::<name>`` from a module of this folder.
+def _fused_check(*tensors: Tensor | None) -> Exception | None:
+    return not_narrow('fused', *tensors, instead='cpu') or fused.refusal()
 
-    The module is imported at the first call: triton is slow to import, and
-    not everywhere.
+
+def _triton_check(
+    u: Tensor, delta: Tensor, A: Tensor, *others: Tensor | None
+) -> Exception | None:
+    """Refuse what the kernels would compute wrongly or not at all."""
+    if A.shape[2] > MAX_STATE:
+        return ValueError(
+            f'the triton backend takes at most {MAX_STATE} states, got A '
+            f"{tuple(A.shape)}; use backend='cpu', which runs on any device"
+        )
+    if len(u) > MAX_DIRECTIONS:
+        return ValueError(
+            f'the triton backend takes at most {MAX_DIRECTIONS} directions, '
+            f'got {len(u)}; call it for some at a time'
+        )
+    return not_narrow('triton', u, delta, A, *others, instead='cpu')
+
+
+BACKENDS = Backends(
+    'selective_scan',
+    {
+        'cpu': lambda *tensors: None,
+        'fused': _fused_check,
+        'triton': _triton_check,
+    },
+    slow_on_gpu=True,
+)
+
+_scan = register(
+    __package__,
+    'selective_scan',
+    f'{_INPUTS}, bool keep_states',
+    '(Tensor, Tensor, Tensor)',
+    lambda kernels, *args: kernels.forward(_inputs(args[:-1]), args[-1]),
+)
+_backward = register(
+    __package__,
+    'selective_scan_backward',
+    f'Tensor dy, Tensor? dlast, Tensor borders, {_INPUTS}',
+    f'({", ".join(["Tensor"] * 7)})',
+    lambda kernels, *args: kernels.backward(*args[:3], _inputs(args[3:])),
+)
+
+
+def scan_op(inputs: ScanInputs, backend: str) -> tuple[Tensor, Tensor]:
+    """Call the operator.
+
+    Args:
+        inputs (ScanInputs): Inputs of the scan.
+        backend (str): ``'cpu'``, ``'fused'`` or ``'triton'``.
+
+    Returns:
+        tuple[Tensor, Tensor]: As :func:`.reference.scan_ref`.
     """
-
-    def backend() -> Any:
-        return importlib.import_module(module, __package__)
-
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        *inputs, keep_states = args
-        return backend().forward(_inputs(inputs), keep_states)
-
-    def backward(
-        dy: Tensor, dlast: Tensor | None, borders: Tensor, *inputs: Any
-    ) -> tuple[Tensor, ...]:
-        return backend().backward(dy, dlast, borders, _inputs(inputs))
-
-    def forward_fake(*args: Any) -> tuple[Tensor, ...]:
-        given, keep_states = _inputs(args[:-1]), args[-1]
-        u, state = given.u, given.A.shape[2]
-        borders = backend().borders_shape(given, keep_states)
-        return (
-            u.new_empty(u.shape, dtype=backend().output_dtype(given)),
-            u.new_empty((*u.shape[:2], u.shape[3], state), dtype=given.wide),
-            u.new_empty(borders, dtype=given.wide),
-        )
-
-    def backward_fake(
-        dy: Tensor, dlast: Tensor | None, borders: Tensor, *inputs: Any
-    ) -> tuple[Tensor, ...]:
-        given = _inputs(inputs)
-        narrow = backend().output_dtype(given)
-        dtypes = (narrow,) * 2 + (given.wide,) * 3 + (given.real,) * 2
-        return tuple(
-            given.u.new_empty((0,) if x is None else x.shape, dtype=dtype)
-            for x, dtype in zip(given.tensors, dtypes, strict=True)
-        )
-
-    scan = torch.library.custom_op(
-        f'mmstabvim::{name}',
-        forward,
-        mutates_args=(),
-        schema=f'({_INPUTS}, bool keep_states) -> (Tensor, Tensor, Tensor)',
+    *others, reverse, b_disc = inputs
+    keep = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs.tensors
     )
-    scan_backward = torch.library.custom_op(
-        f'mmstabvim::{name}_backward',
-        backward,
-        mutates_args=(),
-        schema=f'(Tensor dy, Tensor? dlast, Tensor borders, {_INPUTS}) -> '
-        f'({", ".join(["Tensor"] * 7)})',
-    )
-    scan.register_fake(forward_fake)
-    scan_backward.register_fake(backward_fake)
-    scan.register_autograd(
-        functools.partial(_autograd, scan_backward),
-        setup_context=_setup_context,
-    )
-    return scan
+    y, last, _ = _scan(*others, list(map(int, reverse)), b_disc, keep, backend)
+    return y, last
 
 
 def _inputs(args: Sequence[Any]) -> ScanInputs:
@@ -90,46 +96,71 @@ def _inputs(args: Sequence[Any]) -> ScanInputs:
     return ScanInputs._make((*others, tuple(map(bool, reverse)), b_disc))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, softplus, reverse, b_disc, _ = inputs
+@_scan.register_fake
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, keep_states, backend = args
+    given, module = _inputs(inputs), kernels(__package__, backend)
+    u, state = given.u, given.A.shape[2]
+    borders = module.borders_shape(given, keep_states)
+    return (
+        u.new_empty(u.shape, dtype=module.output_dtype(given)),
+        u.new_empty((*u.shape[:2], u.shape[3], state), dtype=given.wide),
+        u.new_empty(borders, dtype=given.wide),
+    )
+
+
+@_backward.register_fake
+def _backward_fake(
+    dy: Tensor, dlast: Tensor | None, borders: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    *inputs, backend = args
+    given = _inputs(inputs)
+    narrow = kernels(__package__, backend).output_dtype(given)
+    dtypes = (narrow,) * 2 + (given.wide,) * 3 + (given.real,) * 2
+    return tuple(
+        given.u.new_empty((0,) if x is None else x.shape, dtype=dtype)
+        for x, dtype in zip(given.tensors, dtypes, strict=True)
+    )
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    *tensors, softplus, reverse, b_disc, _, backend = inputs
     ctx.save_for_backward(output[2], *tensors)
-    ctx.options = (softplus, reverse, b_disc)
+    ctx.options = (softplus, reverse, b_disc, backend)
     ctx.output_dtype = output[0].dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
 
 
 def _autograd(
-    backward: Any,
-    ctx: Any,
-    dy: Tensor | None,
-    dlast: Tensor | None,
-    _: Tensor | None,
+    ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     borders, *tensors = ctx.saved_tensors
+    if not borders.numel():
+        raise RuntimeError(
+            'the graph of selective_scan was recorded without gradients: '
+            'record it with inputs that require them'
+        )
     if dy is None:
         dy = torch.zeros_like(tensors[0], dtype=ctx.output_dtype)
-    grads = backward(dy, dlast, borders, *tensors, *ctx.options)
+    grads = _backward(dy, dlast, borders, *tensors, *ctx.options)
     return (
         *(
             None if x is None else grad.to(x.dtype)
             for grad, x in zip(grads, tensors, strict=True)
         ),
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 5,
     )
 
 
-_scan = _define('selective_scan', '.cpu')
-_scan_triton = _define('selective_scan_triton', '.triton')
+_scan.register_autograd(_autograd, setup_context=_setup_context)
+_backward.register_autograd(no_derivative('selective_scan'))
 
 
-def scan_flops(
-    u_shape: tuple[int, ...], A_shape: tuple[int, ...], complex_a: bool
-) -> int:
-    """Floating-point operations of one forward scan.
+def scan_flops(u: Tensor, delta: Tensor, A: Tensor, *others: Any) -> int:
+    """Count the floating-point operations of one forward scan.
 
     Counted per (batch, token, channel, state): ``delta A``, ``exp``,
     ``(delta u) B``, multiply and add into the state, multiply and add into
@@ -138,72 +169,23 @@ def scan_flops(
     a product of a real and a complex number 2.
 
     Args:
-        u_shape (tuple[int, ...]): (..., batch, length, dim).
-        A_shape (tuple[int, ...]): (..., dim, state).
-        complex_a (bool): Whether ``A`` is complex.
+        u (Tensor): (..., batch, length, dim).
+        delta (Tensor): Shape of ``u``.
+        A (Tensor): (..., dim, state).
+        *others (Any): The operator's other inputs.
 
     Returns:
         int: Operations; one multiply-add counts as two.
     """
-    per_state = 2 + 8 + 2 + (6 + 2) + (6 + 2) if complex_a else 7
-    return math.prod(u_shape) * (per_state * A_shape[-1] + 6)
+    per_state = 2 + 8 + 2 + (6 + 2) + (6 + 2) if A.is_complex() else 7
+    return math.prod(u.shape) * (per_state * A.shape[-1] + 6)
 
 
-@register_flop_formula(
-    [
-        torch.ops.mmstabvim.selective_scan,
-        torch.ops.mmstabvim.selective_scan_triton,
-    ],
-    get_raw=True,
-)
-def _forward_formula(
-    u: Tensor, delta: Tensor, A: Tensor, *args: Any, **kwargs: Any
+def _backward_flops(
+    dy: Tensor, dlast: Tensor | None, borders: Tensor, *inputs: Any
 ) -> int:
-    return scan_flops(tuple(u.shape), tuple(A.shape), A.is_complex())
+    """Recompute the forward pass and take about twice its operations."""
+    return 3 * scan_flops(*inputs)
 
 
-@register_flop_formula(
-    [
-        torch.ops.mmstabvim.selective_scan_backward,
-        torch.ops.mmstabvim.selective_scan_triton_backward,
-    ],
-    get_raw=True,
-)
-def _backward_formula(
-    dy: Tensor,
-    dlast: Tensor | None,
-    borders: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Recomputes the forward pass and takes about twice its operations."""
-    return 3 * scan_flops(tuple(u.shape), tuple(A.shape), A.is_complex())
-
-
-def _mmengine_formula(inputs: list[Any], outputs: list[Any]) -> int:
-    """MMEngine's unit is the multiply-add: half of our operations."""
-    u, A = inputs[0].type(), inputs[2].type()
-    complex_a = A.dtype() is not None and A.dtype().is_complex
-    return scan_flops(tuple(u.sizes()), tuple(A.sizes()), complex_a) // 2
-
-
-for _name in ('selective_scan', 'selective_scan_triton'):
-    teach_mmengine(f'mmstabvim::{_name}', _mmengine_formula)
-
-
-def _scan_op(scan: Any, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """The operator, with the signature of ``scan_ref``."""
-    *others, reverse, b_disc = inputs
-    keep = torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in others
-    )
-    # numbers: torch.jit.trace takes no list of bool
-    y, last, _ = scan(*others, list(map(int, reverse)), b_disc, keep)
-    return y, last
-
-
-scan_op = functools.partial(_scan_op, _scan)
-scan_triton_op = functools.partial(_scan_op, _scan_triton)
+count_flops('selective_scan', scan_flops, _backward_flops)

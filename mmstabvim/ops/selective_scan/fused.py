@@ -1,7 +1,6 @@
-"""Fused C++ path of the ``cpu`` backend, ``fused.cpp``.
+"""The ``fused`` backend: one C++ kernel for each pass, ``fused.cpp``.
 
-Where it is not available the PyTorch variant in ``cpu.py`` computes the same
-function.
+The same function as ``cpu.py``, with the same stored states.
 """
 
 import ctypes
@@ -12,7 +11,11 @@ import torch
 from torch import Tensor
 
 from mmstabvim.ops import native
+from mmstabvim.ops.selective_scan import cpu
+from mmstabvim.ops.selective_scan.cpu import borders_shape, output_dtype
 from mmstabvim.ops.selective_scan.inputs import ScanInputs
+
+__all__ = ['backward', 'borders_shape', 'forward', 'output_dtype', 'refusal']
 
 SOURCE = Path(__file__).with_name('fused.cpp')
 TASKS = 32
@@ -20,7 +23,7 @@ TASKS = 32
 number of threads, nor a direction's results on the other directions."""
 
 FLAT = 1e-20
-"""Where |A| is smaller, the zero-order hold's weight is dt: |dt A| is below
+"""Below this |A| the zero-order hold's weight is dt: |dt A| is below
 float32's resolution for any step below 1e12."""
 
 
@@ -98,53 +101,37 @@ class _Gradients(ctypes.Structure):
     )
 
 
-def supports(inputs: ScanInputs) -> bool:
-    """Whether the fused path can run these inputs here.
-
-    It needs CPU tensors, a float32 or complex64 state, as many groups in B
-    as in C unless one of them has a single group, and a compiler.
-
-    Args:
-        inputs (ScanInputs): What to scan.
-    """
-    given = [x for x in inputs.tensors if x is not None]
-    narrow = {torch.float32, torch.bfloat16, torch.float16}
-    if inputs.A.is_complex():
-        narrow.add(torch.complex64)
-    groups = {m.shape[3] for m in (inputs.B, inputs.C) if m.dim() == 5}
-    return (
-        all(x.device.type == 'cpu' for x in given)
-        and all(x.dtype in narrow for x in given)
-        and groups <= {1, inputs.groups}
-        and native.enabled()
-        and library() is not None
+def refusal() -> Exception | None:
+    """Return the error to raise where the kernels cannot be built."""
+    if _available():
+        return None
+    return RuntimeError(
+        'the fused backend of selective_scan cannot run: its C++ kernels '
+        'could not be built, the log says why'
     )
 
 
+# torch.compile must not look inside: it knows no ctypes
+@torch.compiler.assume_constant_result
+def _available() -> bool:
+    return library() is not None
+
+
 def forward(
-    inputs: ScanInputs, keep_states: bool, chunk: int
+    inputs: ScanInputs, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.cpu.forward`, with a state kept every ``chunk`` tokens.
+    """Compute :func:`.cpu.forward`, which also stands in without a compiler.
 
-    Args:
-        inputs (ScanInputs): What to scan.
-        keep_states (bool): Return the states that :func:`backward` needs.
-        chunk (int): Tokens between two of them.
-
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: y (directions, batch, length, dim);
-        last state (directions, batch, dim, state); and the state entering
-        each chunk, (directions, chunks, batch, groups, state, channels),
-        without chunks unless ``keep_states``. Chunks are cut from token 0
-        and stored in the order of the walk.
+    An exported graph may come to a machine without one.
     """
-    call = _Call(inputs, chunk)
-    directions, batch, length, dim = inputs.u.shape
-    chunks = -(-length // chunk) if keep_states else 0
+    if not _available():
+        return cpu.forward(inputs, keep_states)
+    call = _Call(inputs)
+    directions, batch, _, dim = inputs.u.shape
     _, groups, state, channels = call.A.shape
     y = call.u.new_empty(inputs.u.shape)
     last = call.A.new_empty(directions, batch, groups, state, channels)
-    borders = last.new_empty(directions, chunks, *last.shape[1:])
+    borders = last.new_empty(borders_shape(inputs, keep_states))
     call.scan.y = _view(y, groups)
     call.scan.last = last.data_ptr()
     call.scan.borders = borders.data_ptr() if keep_states else None
@@ -153,27 +140,12 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    dlast: Tensor | None,
-    borders: Tensor,
-    inputs: ScanInputs,
-    chunk: int,
+    dy: Tensor, dlast: Tensor | None, borders: Tensor, inputs: ScanInputs
 ) -> tuple[Tensor, ...]:
-    """As :func:`.cpu.backward`, from ``borders`` of either variant.
-
-    Args:
-        dy (Tensor): Gradient of y.
-        dlast (Tensor, optional): Gradient of the last state.
-        borders (Tensor): As :func:`forward` returned it.
-        inputs (ScanInputs): As :func:`forward` was given them.
-        chunk (int): As :func:`forward` was given it.
-
-    Returns:
-        tuple[Tensor, ...]: Gradients of u, delta, A, B, C, D and delta_bias,
-        float32, or complex64 for A, B and C with complex A; of shape (0,)
-        where D or delta_bias is absent.
-    """
-    call = _Call(inputs, chunk)
+    """Compute :func:`.cpu.backward`, from ``borders`` of either variant."""
+    if not _available():
+        return cpu.backward(dy, dlast, borders, inputs)
+    call = _Call(inputs)
     _, groups, _, channels = call.A.shape
     dy, borders = _rows(dy, torch.float32), _dense(borders)
     if dlast is not None:
@@ -209,7 +181,7 @@ def backward(
 class _Call:
     """Arguments common to both passes, and the tensors behind them."""
 
-    def __init__(self, inputs: ScanInputs, chunk: int) -> None:
+    def __init__(self, inputs: ScanInputs) -> None:
         directions, batch, length, dim = inputs.u.shape
         groups, state = inputs.groups, inputs.A.shape[2]
         channels = dim // groups
@@ -241,7 +213,7 @@ class _Call:
             groups=groups,
             channels=channels,
             state=state,
-            chunk=chunk,
+            chunk=cpu.CHUNK,
             slabs=max(1, min(-(-TASKS // (batch * groups)), blocks)),
             threads=native.threads(),
             complex=wide.is_complex,
@@ -319,7 +291,7 @@ def _inverse(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shared(matrix: Tensor, groups: int) -> bool:
-    """Whether several groups use the same B or C."""
+    """Tell if several groups use the same B or C."""
     return matrix.dim() == 5 and matrix.shape[3] < groups
 
 
@@ -329,7 +301,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of ``dtype``, with a contiguous last axis.
+    """Convert to ``dtype``, with a contiguous last axis.
 
     A tensor that all directions share is copied, if at all, once.
     """
@@ -350,12 +322,12 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _view(x: Tensor, groups: int) -> _View:
-    """Of (directions, batch, length, dim)."""
+    """View of (directions, batch, length, dim)."""
     return _View(x.data_ptr(), *x.stride()[:3], x.shape[3] // groups)
 
 
 def _matrix_view(x: Tensor, groups: int) -> _View:
-    """Of B or C as in the scan, or constant, as :func:`_by_state`."""
+    """View of B or C as in the scan, or constant, as :func:`_by_state`."""
     floats = 2 if x.is_complex() else 1
     if x.dim() == 4:
         direction, group = (floats * step for step in x.stride()[:2])
@@ -372,5 +344,5 @@ def _built() -> ctypes.CDLL:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled ``fused.cpp``, or None."""
+    """Return the compiled ``fused.cpp``, or None."""
     return native.load(SOURCE, 'selective_scan')

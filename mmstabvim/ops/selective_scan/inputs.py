@@ -1,18 +1,31 @@
-"""What every backend of the scan is given."""
+"""Inputs of every backend of the scan."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_DOUBLE = (torch.float64, torch.complex128)
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
-def state_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """Real dtype of the state: float32, or float64 if an input is wider."""
-    dtype = torch.float32
-    for tensor in tensors:
-        if tensor is not None:
-            dtype = torch.promote_types(dtype, tensor.dtype.to_real())
-    return dtype
+
+def state_dtypes(
+    A: Tensor, *others: Tensor | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Choose the dtypes of the output and of the state.
+
+    Args:
+        A (Tensor): State matrix, real or complex.
+        *others (Tensor | None): The other inputs.
+
+    Returns:
+        tuple[torch.dtype, torch.dtype]: float32, or float64 if an input is
+        wider; and the complex counterpart if A is complex, else the same.
+    """
+    # torch.export knows no dtype.to_real()
+    wide = any(x is not None and x.dtype in _DOUBLE for x in (A, *others))
+    real = torch.float64 if wide else torch.float32
+    return real, _COMPLEX[real] if A.is_complex() else real
 
 
 class ScanInputs(NamedTuple):
@@ -32,9 +45,8 @@ class ScanInputs(NamedTuple):
     D: Tensor | None  # (directions, dim)
     delta_bias: Tensor | None  # (directions, dim)
     delta_softplus: bool
-    reverse: tuple[
-        bool, ...
-    ]  # per direction: from the last token to the first
+    reverse: tuple[bool, ...]
+    """For each direction: walk from the last token to the first."""
     b_disc: str  # 'euler' or 'zoh'
 
     @property
@@ -52,9 +64,9 @@ class ScanInputs(NamedTuple):
     @property
     def real(self) -> torch.dtype:
         """Real dtype of the state."""
-        return state_dtype(*self.tensors)
+        return state_dtypes(self.A, *self.tensors)[0]
 
     @property
     def wide(self) -> torch.dtype:
         """Dtype of the state itself."""
-        return self.real.to_complex() if self.A.is_complex() else self.real
+        return state_dtypes(self.A, *self.tensors)[1]

@@ -87,7 +87,7 @@ def _step(delta, bias, SOFTPLUS: tl.constexpr):
 
 @triton.jit
 def _drive(step, u, A, B, decay, ZOH: tl.constexpr, COMPLEX: tl.constexpr):
-    """What a token adds to the state, ``B_bar u``."""
+    """Input of a token to the state, ``B_bar u``."""
     drive = _scale(B, step * u, COMPLEX)
     if ZOH:
         gain, _ = _phi1(_scale(A, step, COMPLEX), decay, COMPLEX)
@@ -107,7 +107,7 @@ def _load_optional(ptr, offs, mask):
 def _program(
     batch, length, groups, channels, span, reverse, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """What this program walks.
+    """Find the tokens and channels of this program.
 
     Returns direction, sample, group, block of channels, the first token in
     memory's order, the order (1 or -1) and the number of tokens.
@@ -150,6 +150,30 @@ def _tile(
 
 
 @triton.jit
+def _numbers(
+    place, groups, channels, STATE: tl.constexpr, COMPLEX: tl.constexpr,
+    NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
+):  # fmt: skip
+    """Offsets of this program's numbers, and which of them are there.
+
+    Returns the offsets of states and of channels within a token, without and
+    with the NL axis, as :func:`_tile`; their masks, that of the tile last;
+    the direction's first channel; the tile within a sequence's states, and
+    within A.
+    """
+    direction, _, group, _, _, _, _ = place
+    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    masks = n < STATE, c < channels, d < channels
+    masks += ((n < STATE) & (d < channels),)
+    WIDTH: tl.constexpr = 2 if COMPLEX else 1
+    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
+    weights = direction * (groups * channels)
+    state = (d * STATE + n) * WIDTH
+    A_row = weights * STATE * WIDTH + state
+    return (n * WIDTH, m * WIDTH, c, d), masks, weights, state, A_row
+
+
+@triton.jit
 def _token(ptr, strides, place):
     """Pointer to the first token walked, and the step to the next."""
     direction, sample, _, _, first, order, _ = place
@@ -178,7 +202,7 @@ def _matrix(
 
 @triton.jit
 def _entry(B, i, step, n, CONSTANT: tl.constexpr):
-    """Where B or C of token i is, from what :func:`_matrix` returned."""
+    """Pointer to B or C of token i, from the result of :func:`_matrix`."""
     if CONSTANT:
         return B
     else:
@@ -306,20 +330,17 @@ def _scan_ends_kernel(
 ):  # fmt: skip
     """Each span's last state from a zero state, and the sum of its steps."""
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
-    direction, sample, group, _, _, _, count = place
-    n, _m, c, d = _tile(place, NR, NL, DL, DR)
+    direction, sample, _, _, _, _, count = place
+    offsets, masks, weights, state, A_row = _numbers(
+        place, groups, channels, STATE, COMPLEX, NR, NL, DL, DR
+    )
+    n, _m, c, d = offsets
+    mask_n = None if STATE == NR * NL else masks[0]
+    mask_c = None if WHOLE else masks[1]
+    mask_d = None if WHOLE else masks[2]
+    mask = None if WHOLE & (STATE == NR * NL) else masks[3]
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
-    mask_n = None if STATE == NR * NL else n < STATE
-    mask_d = None if WHOLE else d < channels
-    mask_c = None if WHOLE else c < channels
-    mask = (n < STATE) & (d < channels)
-    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
-    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
-    weights = direction * dim
-    state = (d * STATE + n) * WIDTH
-    A_row = weights * STATE * WIDTH + state
-    n = n * WIDTH
     A = _load(A_ptr + A_row, mask, COMPLEX)
     bias = _load_optional(bias_ptr, weights + c, mask_c)
     u_at, u_step = _token(u_ptr, u_strides, place)
@@ -369,20 +390,17 @@ def _scan_fwd_kernel(
     NR: tl.constexpr, NL: tl.constexpr, DL: tl.constexpr, DR: tl.constexpr,
 ):  # fmt: skip
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
-    direction, sample, group, _, first, order, count = place
-    n, _m, c, d = _tile(place, NR, NL, DL, DR)
+    direction, sample, _, _, first, order, count = place
+    offsets, masks, weights, state, A_row = _numbers(
+        place, groups, channels, STATE, COMPLEX, NR, NL, DL, DR
+    )
+    n, _m, c, d = offsets
+    mask_n = None if STATE == NR * NL else masks[0]
+    mask_c = None if WHOLE else masks[1]
+    mask_d = None if WHOLE else masks[2]
+    mask = None if WHOLE & (STATE == NR * NL) else masks[3]
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
-    mask_n = None if STATE == NR * NL else n < STATE
-    mask_d = None if WHOLE else d < channels
-    mask_c = None if WHOLE else c < channels
-    mask = (n < STATE) & (d < channels)
-    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
-    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
-    weights = direction * dim
-    state = (d * STATE + n) * WIDTH
-    A_row = weights * STATE * WIDTH + state
-    n = n * WIDTH
     A = _load(A_ptr + A_row, mask, COMPLEX)
     D = _load_optional(D_ptr, weights + d, mask_d)
     bias = _load_optional(bias_ptr, weights + c, mask_c)

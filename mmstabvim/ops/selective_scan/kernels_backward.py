@@ -16,11 +16,11 @@ from mmstabvim.ops.selective_scan.kernels import (
     _load_optional,
     _matrix,
     _move,
+    _numbers,
     _program,
     _read,
     _step,
     _store,
-    _tile,
     _token,
     _zeros,
 )
@@ -197,20 +197,17 @@ def _adjoint_ends_kernel(
 ):  # fmt: skip
     """Gradient of the state before each span, from zero after it."""
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
-    direction, sample, group, _, _, _, count = place
-    n, _m, c, d = _tile(place, NR, NL, DL, DR)
+    direction, sample, _, _, _, _, count = place
+    offsets, masks, weights, state, A_row = _numbers(
+        place, groups, channels, STATE, COMPLEX, NR, NL, DL, DR
+    )
+    n, _m, c, d = offsets
+    mask_n = None if STATE == NR * NL else masks[0]
+    mask_c = None if WHOLE else masks[1]
+    mask_d = None if WHOLE else masks[2]
+    mask = None if WHOLE & (STATE == NR * NL) else masks[3]
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
-    mask_n = None if STATE == NR * NL else n < STATE
-    mask_d = None if WHOLE else d < channels
-    mask_c = None if WHOLE else c < channels
-    mask = (n < STATE) & (d < channels)
-    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
-    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
-    weights = direction * dim
-    state = (d * STATE + n) * WIDTH
-    A_row = weights * STATE * WIDTH + state
-    n = n * WIDTH
     A = _load(A_ptr + A_row, mask, COMPLEX)
     bias = _load_optional(bias_ptr, weights + c, mask_c)
     delta_at, delta_step = _token(delta_ptr, delta_strides, place)
@@ -265,20 +262,16 @@ def _scan_bwd_kernel(
 ):  # fmt: skip
     place = _program(batch, length, groups, channels, span, reverse, DL * DR)
     direction, sample, group, block, first, order, count = place
-    n, m, c, d = _tile(place, NR, NL, DL, DR)
+    offsets, masks, weights, state, A_row = _numbers(
+        place, groups, channels, STATE, COMPLEX, NR, NL, DL, DR
+    )
+    n, m, c, d = offsets
+    mask_n = None if STATE == NR * NL else masks[0]
+    mask_c = None if WHOLE else masks[1]
+    mask_d = None if WHOLE else masks[2]
+    mask = None if WHOLE & (STATE == NR * NL) else masks[3]
     WIDTH: tl.constexpr = 2 if COMPLEX else 1
-    mask_n = None if STATE == NR * NL else n < STATE
-    mask_d = None if WHOLE else d < channels
-    mask_c = None if WHOLE else c < channels
-    mask = (n < STATE) & (d < channels)
-    mask = None if WHOLE & (STATE == NR * NL) else mask
     dim = groups * channels
-    c, d = group.to(tl.int32) * channels + c, group.to(tl.int32) * channels + d
-    weights = direction * dim
-    state = (d * STATE + n) * WIDTH
-    A_row = weights * STATE * WIDTH + state
-    n = n * WIDTH
-    m = m * WIDTH
     D = _load_optional(D_ptr, weights + c, mask_c)
     bias = _load_optional(bias_ptr, weights + c, mask_c)
     u_at, u_step = _token(u_ptr, u_strides, place)

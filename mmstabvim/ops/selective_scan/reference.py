@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmstabvim.ops.backend import no_autocast
 from mmstabvim.ops.selective_scan.discretization import phi1
-from mmstabvim.ops.selective_scan.inputs import ScanInputs, state_dtype
+from mmstabvim.ops.selective_scan.inputs import ScanInputs, state_dtypes
 
 
 def scan_ref(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """:func:`selective_scan_ref` of each direction, stacked."""
+    """Run :func:`selective_scan_ref` for each direction, stacked."""
     results = [
         selective_scan_ref(
             inputs.u[k],
@@ -75,13 +76,12 @@ def selective_scan_ref(
     Source: arXiv:2312.00752, Eq. 2 and Algorithm 2; ``'zoh'`` is Eq. 4,
     ``'euler'`` what the public code computes.
     """
-    real = state_dtype(u, delta, A, B, C, D, delta_bias)
-    with torch.autocast(u.device.type, enabled=False):
+    real, wide = state_dtypes(A, u, delta, B, C, D, delta_bias)
+    with no_autocast(u.device):
         u, delta = u.to(real), delta.to(real)
         if delta_bias is not None:
             delta = delta + delta_bias.to(real)
         dt = F.softplus(delta) if delta_softplus else delta
-        wide = real.to_complex() if A.is_complex() else real
         A, B, C = A.to(wide), B.to(wide), C.to(wide)
         dim, length = u.shape[-1], u.shape[1]
         state = u.new_zeros(u.shape[0], dim, A.shape[1], dtype=wide)

@@ -39,9 +39,6 @@ GROUP = 3
 Four spill at N = 16 on the A100.
 """
 
-MAX_STATE = 64
-"""States per channel that a tile can hold."""
-
 TILE_NUMEL = 512
 """Numbers in a real tile: 16 registers in each lane of one warp."""
 
@@ -57,9 +54,6 @@ SHORTEST_SPAN = 64
 MAX_STEP = 1 << 28
 """Numbers from one token to the next that 32-bit offsets reach."""
 
-MAX_DIRECTIONS = 31
-"""Bits of the mask of their orders."""
-
 CONSTANT_DIMS = 3
 """Axes of a constant B or C: (directions, dim, state)."""
 
@@ -70,7 +64,7 @@ BACKWARD_OPTIONS: dict[str, Any] = dict(num_warps=1, maxnreg=255)
 
 
 def output_dtype(inputs: ScanInputs) -> torch.dtype:
-    """Dtype of y and of the gradients of u and delta."""
+    """Return the dtype of y and of the gradients of u and delta."""
     half = (torch.bfloat16, torch.float16)
     if inputs.u.dtype in half and inputs.delta.dtype == inputs.u.dtype:
         return inputs.u.dtype
@@ -78,7 +72,7 @@ def output_dtype(inputs: ScanInputs) -> torch.dtype:
 
 
 def borders_shape(inputs: ScanInputs, keep_states: bool) -> tuple[int, ...]:
-    """(directions, batch, chunks, dim, state); chunks as walked."""
+    """Return (directions, batch, chunks, dim, state); chunks as walked."""
     directions, batch, length, dim = inputs.u.shape
     chunks = triton.cdiv(length, CHUNK) if keep_states else 0
     return directions, batch, chunks, dim, inputs.A.shape[2]
@@ -88,15 +82,7 @@ def borders_shape(inputs: ScanInputs, keep_states: bool) -> tuple[int, ...]:
 def forward(
     inputs: ScanInputs, keep_states: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.cpu.forward`, with borders of its own.
-
-    Raises:
-        RuntimeError: If the tensors are not on a GPU and triton does not
-            interpret.
-        TypeError: If an input is float64 or complex128.
-        ValueError: If the state has more than 64 modes, or there are more
-            than 31 directions.
-    """
+    """Compute :func:`.cpu.forward`, with borders of its own."""
     call = _Call(inputs)
     directions, batch, _, dim = inputs.u.shape
     y = torch.empty(
@@ -121,7 +107,7 @@ def forward(
 def backward(
     dy: Tensor, dlast: Tensor | None, borders: Tensor, inputs: ScanInputs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`.cpu.backward`, from the ``borders`` of this forward."""
+    """Compute :func:`.cpu.backward`, from the ``borders`` of this forward."""
     call = _Call(inputs)
     dy = _rows(dy)
     call.arguments |= dict(dy_ptr=dy, dy_strides=dy.stride()[:3])
@@ -172,7 +158,6 @@ class _Call:
     """Arguments common to the kernels, by name, and how to launch them."""
 
     def __init__(self, inputs: ScanInputs) -> None:
-        _check(inputs)
         directions, batch, length, dim = inputs.u.shape
         count, self.state = inputs.groups, inputs.A.shape[2]
         complex_a = inputs.A.is_complex()
@@ -272,7 +257,7 @@ class _Call:
 def tiles(
     state: int, channels: int, complex_a: bool, b_disc: str = 'euler'
 ) -> tuple[Tile, Tile]:
-    """Tiles of the forward and of the backward kernel: the same numbers.
+    """Choose the tiles of both passes: the same numbers in each.
 
     Forward, a lane owns channels: only sums over states are needed. Backward,
     sums over states and over channels are, and a lane holds some of both:
@@ -294,43 +279,17 @@ def tiles(
 
 
 def groups(b_disc: str) -> tuple[int, int]:
-    """Tokens in flight forward, backward; ``'zoh'`` has room for fewer."""
+    """Choose the tokens in flight forward and backward: fewer for zoh."""
     return (1 if b_disc == 'zoh' else GROUP), GROUP
 
 
 def span_length(programs: int, length: int) -> int:
-    """Tokens of a span, whole chunks, so that programs are enough."""
+    """Choose the tokens of a span, whole chunks, for enough programs."""
     spans = 1
     if programs < ENOUGH_PROGRAMS:
         wanted = triton.cdiv(2 * ENOUGH_PROGRAMS, max(programs, 1))
         spans = max(1, min(wanted, length // SHORTEST_SPAN))
-    return triton.cdiv(triton.cdiv(length, spans), CHUNK) * CHUNK
-
-
-def _check(inputs: ScanInputs) -> None:
-    """Refuse what the kernels would compute wrongly or not at all."""
-    if inputs.real != torch.float32:
-        raise TypeError(
-            'the triton backend keeps a float32 state, got a float64 input; '
-            "use backend='cpu', which runs on any device"
-        )
-    if inputs.A.shape[2] > MAX_STATE:
-        raise ValueError(
-            f'the triton backend takes at most {MAX_STATE} states, got A '
-            f"{tuple(inputs.A.shape)}; use backend='cpu', which runs on any "
-            'device'
-        )
-    if len(inputs.reverse) > MAX_DIRECTIONS:
-        raise ValueError(
-            f'the triton backend takes at most {MAX_DIRECTIONS} directions, '
-            f'got {len(inputs.reverse)}; call it for some at a time'
-        )
-    device = inputs.u.device
-    if device.type != 'cuda' and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f'the triton backend needs a GPU, got tensors on {device}; '
-            'set TRITON_INTERPRET=1 before the first import to debug on a CPU'
-        )
+    return int(triton.cdiv(triton.cdiv(length, spans), CHUNK)) * CHUNK
 
 
 def _rows(x: Tensor) -> Tensor:
