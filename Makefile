@@ -1,10 +1,14 @@
 # make demo      train a Vision Mamba on real handwritten digits
 # make demo-seg  train one to segment scenes composed of them
-# make test      run the tests
+# make test      run the fast tests, some minutes
+# make test-all  run all tests that continuous integration runs
 # make test-latest  run a quarter of them with the newest versions that
 #                setup.py allows; STACK=onedl for the fork of OpenMMLab
-# make test-campaign  run what takes long: the guarantee on 54,000 matrices
-# make lint      check style and types
+# make test-campaign  run what takes hours: the guarantee on 54,000 matrices,
+#                the newest versions of both stacks, a rehearsal of the GPU suite
+# make coverage  run all tests, and say which lines none of them reaches
+# make lint      check style, types and spelling
+# make docs      build the documentation into docs/_build/html
 #
 # Each first creates .venv with the tested versions (some minutes, 6 GB).
 # Another Python: make demo PYTHON=python3.11
@@ -35,7 +39,8 @@ LATEST_TESTS := $(addprefix tests/,test_layering.py test_stack.py \
     test_ops/test_fused_scan.py test_ops/test_causal_conv1d.py \
     test_ops/test_rms_norm.py test_ops/test_gated_merge.py)
 
-.PHONY: help setup demo demo-seg test test-latest test-campaign lint
+.PHONY: help setup demo demo-seg test test-all test-latest test-campaign \
+    coverage lint docs
 
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
@@ -51,6 +56,9 @@ demo-seg: setup
 	    --work-dir work_dirs/$(DEMO_SEG)
 
 test: setup
+	$(VENV_PYTHON) -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-all: setup
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
 test-latest: $(LATEST)/.installed
@@ -59,11 +67,24 @@ test-latest: $(LATEST)/.installed
 test-campaign: setup
 	MMSTABVIM_FUZZ=500 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS) \
 	    tests/test_layers/test_guarantee.py
+	$(MAKE) test-latest STACK=lite
+	$(MAKE) test-latest STACK=onedl
+	$(VENV_PYTHON) tools/benchmarks/gpu_suite.py --quick
+
+coverage: $(VENV)/.installed-dev
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS) --cov \
+	    --cov-report=term:skip-covered --cov-report=html
 
 lint: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy mmstabvim
+	$(VENV)/bin/codespell
+
+docs: $(VENV)/.installed-docs
+	$(VENV_PYTHON) -m sphinx -W --keep-going -q -d docs/_build/doctrees \
+	    docs docs/_build/html
+	@echo 'Documentation: docs/_build/html/index.html'
 
 $(VENV)/.installed: requirements/tested.txt requirements/test.txt
 $(VENV)/.installed $(LATEST)/.installed: setup.py
@@ -92,6 +113,7 @@ $(LATEST)/.installed: INSTALL = \
     $(LATEST)/bin/python -m pip install -e '.[$(STACK),test]' && \
     $(LATEST)/bin/python tools/link_editable.py
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements/dev.txt
-	$(VENV_PYTHON) -m pip install -r requirements/dev.txt
+$(VENV)/.installed-dev $(VENV)/.installed-docs: \
+    $(VENV)/.installed-%: $(VENV)/.installed requirements/%.txt
+	$(VENV_PYTHON) -m pip install -r requirements/$*.txt
 	touch $@

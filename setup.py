@@ -107,6 +107,9 @@ ONEDL = [
 ]
 TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'timm>=1.0']
 DEV = ['ruff>=0.12', 'mypy>=1.11', 'pre-commit>=3.5']
+CHECKS = ['codespell>=2.3', 'pytest-cov>=7']
+DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo>=2024.8', 'sphinx-copybutton']
+
 
 setup(
     name='mmstabvim',
@@ -156,6 +159,7 @@ setup(
         'openmmlab': OPENMMLAB,
         'onedl': ONEDL,
         'test': TEST,
-        'dev': [*TEST, *DEV],
+        'dev': [*TEST, *DEV, *CHECKS],
+        'docs': DOCS,
     },
 )

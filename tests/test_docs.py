@@ -45,9 +45,9 @@ OUTPUT = ('text', 'diff')
 
 ELSEWHERE = {
     'MMSegInferencer(': 'test_segmentation_inference.py:'
-    'test_snippets_of_the_pages',
+    'test_snippet_of_the_page',
     'load_digits(': 'test_mix_in.py:test_plain_pytorch_example',
-    'images, labels = torch.randn(2, 3, 224, 320)': 'test_mix_in.py:'
+    'features[0].square().mean()': 'test_mix_in.py:'
     'test_plain_pytorch_example_of_the_readme',
 }
 """Python that another test runs, by what it contains: they check results."""
@@ -77,6 +77,8 @@ INSTEAD = {
     '--samples 1000': '--samples 40',
 }
 
+DIRECTIVE = re.compile(r'^```\{toctree\}\n.*?^```$', re.M | re.S)
+"""A table of contents, which Sphinx reads."""
 FENCE = re.compile(r'^( *)```(\w*)\n(.*?)^\1```$', re.M | re.S)
 
 
@@ -111,8 +113,12 @@ class Block:
         return [optional.sub(r'\1', line) for line in lines if line]
 
 
+def read(path):
+    return DIRECTIVE.sub('', path.read_text())
+
+
 def all_blocks(path):
-    return [Block(path, match) for match in FENCE.finditer(path.read_text())]
+    return [Block(path, match) for match in FENCE.finditer(read(path))]
 
 
 BLOCKS = [block for path in PAGES for block in all_blocks(path)]
@@ -191,6 +197,10 @@ def alternatives(code):
     return ['\n'.join(config.values()) for config in found]
 
 
+def is_ours(hook):
+    return hook and str(hook['type']).startswith('mmstabvim.')
+
+
 def build_all(cfg):
     """Model, optimizer, hooks and metrics; weights stay without values."""
     scope = cfg.default_scope
@@ -201,12 +211,8 @@ def build_all(cfg):
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
     build_optim_wrapper(model, cfg.optim_wrapper)
-    ours = [
-        hook
-        for hook in cfg.default_hooks.values()
-        if hook and str(hook.type).startswith('mmstabvim.')
-    ]
-    for hook in (*cfg.get('custom_hooks', []), *ours):
+    named = [h for h in cfg.default_hooks.values() if is_ours(h)]
+    for hook in [*cfg.get('custom_hooks', []), *named]:
         assert isinstance(HOOKS.build(hook), Hook)
     evaluators = cfg.get('test_evaluator') or []
     for metric in evaluators if isinstance(evaluators, list) else [evaluators]:
@@ -475,17 +481,94 @@ def test_own_masks(folder):
 # --- all pages --------------------------------------------------------------
 
 
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
 @pytest.mark.parametrize('path', PAGES, ids=lambda path: path.name)
 def test_every_fence_is_a_block(path):
     """None that the tests overlook, of a kind that they know."""
-    fences = re.findall(r'^ *```', path.read_text(), re.M)
+    fences = re.findall(r'^ *```', read(path), re.M)
     found = all_blocks(path)
     assert len(fences) == 2 * len(found)
     assert {b.language for b in found} <= {'python', 'shell', *OUTPUT}
 
 
+WRITTEN_BY_TOOLS = [
+    *(ROOT / 'docs').glob('*/*/**/*.md'),
+    *(ROOT / 'docs/sensitivity').glob('*.md'),
+    ROOT / 'docs/benchmarks/resolution.md',
+]
+LINK = re.compile(r'\]\(([^)\s]+)\)|\b(?:src|href)="([^"]+)"')
+CODE = re.compile(r'^( *)```.*?^\1```$|`[^`\n]+`', re.M | re.S)
+ELSEWHERE_ON_THE_NET = ('http://', 'https://', 'mailto:')
+TEXTS = [*PAGES, ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md']
+
+
+def slug(heading):
+    """Anchor that GitHub and MyST give a heading."""
+    words = re.sub(r'[^\w\- ]', '', heading.strip().lower())
+    return words.replace(' ', '-')
+
+
+def broken_links(path):
+    """Links and images of a page that lead nowhere."""
+    broken = []
+    for groups in LINK.findall(CODE.sub('', path.read_text())):
+        link = ''.join(groups)
+        if link.startswith(ELSEWHERE_ON_THE_NET):
+            continue
+        place, _, anchor = link.partition('#')
+        target = (path.parent / place).resolve() if place else path
+        if not target.exists():
+            broken.append(link)
+        elif anchor:
+            found = re.findall(r'^#+ (.+)$', target.read_text(), re.M)
+            if anchor not in map(slug, found):
+                broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize('path', TEXTS, ids=relative)
+def test_links_lead_somewhere(path):
+    assert not broken_links(path)
+
+
+def test_broken_links_are_found(tmp_path):
+    (tmp_path / 'there.md').write_text('# A Heading, here\n')
+    page = tmp_path / 'page.md'
+    page.write_text(
+        '[a](there.md) [b](there.md#a-heading-here) [c](there.md#b)\n'
+        '![d](no.png) `[e](code)` <img src="no.svg"> [f](https://g.h)\n'
+        '```text\n[g](code)\n```\n'
+    )
+    assert broken_links(page) == ['there.md#b', 'no.png', 'no.svg']
+
+
+PICTURES = ('.png', '.svg', '.pdf')
+
+
+def test_results_are_small():
+    """One picture per figure, no page of a megabyte, no large archive."""
+    listed = ['git', 'ls-files', '-z', 'docs']
+    done = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True)
+    named = [ROOT / name for name in done.stdout.split('\0') if name]
+    paths = [path for path in named if path.exists()]
+    if not paths:
+        pytest.skip('needs a clone')
+    pictures = [p.with_suffix('') for p in paths if p.suffix in PICTURES]
+    assert len(pictures) == len({*pictures})
+    limit = {'.xz': 300_000, '.csv': 100_000}
+    for path in paths:
+        assert path.suffix not in ('.html', '.pdf'), path
+        assert path.stat().st_size <= limit.get(path.suffix, 250_000), path
+    assert sum(path.stat().st_size for path in paths) <= 5_000_000
+
+
 @pytest.mark.parametrize(
-    'path', sorted((ROOT / 'docs').glob('*.md')), ids=lambda path: path.name
+    'path',
+    [path for path in TEXTS if path not in WRITTEN_BY_TOOLS],
+    ids=relative,
 )
 def test_lines_are_short(path):
     """At most 100 columns, rows of tables aside."""

@@ -72,6 +72,11 @@ def metadata(installed):
     return importlib.metadata.Distribution.at(info).metadata
 
 
+def test_types_are_shipped(installed):
+    """Without this file type checkers ignore the annotations."""
+    assert (installed / 'mmstabvim' / 'py.typed').is_file()
+
+
 def files_below(folder):
     return {
         str(path.relative_to(folder))
@@ -413,10 +418,47 @@ def test_latest_is_an_environment_without_pins(tmp_path, metadata, stack):
     assert re.search('^make test-latest ', make('help').stdout, re.MULTILINE)
 
 
-def test_ci_runs_make_test(tmp_path):
+def test_ci_runs_the_checks(tmp_path):
+    """One after the other; the first that fails ends it."""
     fake(tmp_path / 'make', 'echo "$PWD: make $*"')
     path = f'{tmp_path}:{os.environ["PATH"]}'
     out = subprocess.check_output(
         [ROOT / '.ci' / 'run'], env={**os.environ, 'PATH': path}, text=True
     )
-    assert out.strip() == f'{ROOT}: make test'
+    targets = ['lint', 'test', 'test-all', 'docs']
+    assert out.splitlines() == [f'{ROOT}: make {t}' for t in targets]
+    fake(tmp_path / 'make', 'echo "$*"; test $1 = lint')
+    done = subprocess.run(
+        [ROOT / '.ci' / 'run'],
+        env={**os.environ, 'PATH': path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode
+    assert done.stdout.split() == ['lint', 'test']
+
+
+def test_tiers():
+    """The fast tier leaves out what is marked, the other one nothing."""
+    assert "pytest -m 'not slow' -n 2\n" in make('-n', 'test').stdout
+    assert 'pytest -n 2\n' in make('-n', 'test-all').stdout
+
+
+@pytest.mark.parametrize('target', ['lint', 'coverage', 'docs'])
+def test_targets_install_what_they_need(tmp_path, target):
+    done = make('-n', target, f'VENV={tmp_path}/venv')
+    name = 'docs' if target == 'docs' else 'dev'
+    assert f'pip install -r requirements/{name}.txt' in done.stdout
+    assert re.search(f'^make {target} ', make('help').stdout, re.MULTILINE)
+
+
+def test_one_version_everywhere():
+    """Package, citation and changelog name the same one."""
+    number = re.escape(version())
+    for name, pattern in {
+        'CITATION.cff': rf'^version: {number}$',
+        'README.md': rf'version = {{{number}}}',
+        'CHANGELOG.md': rf'^## {number}\b',
+    }.items():
+        text = (ROOT / name).read_text(encoding='utf-8')
+        assert re.search(pattern, text, re.MULTILINE), name

@@ -14,7 +14,7 @@ from mmstabvim.stability.inputs import (
 
 COMPLEX64, COMPLEX128, EXPONENTIAL = 0, 1, 2
 KINDS = ('complex64', 'complex128', 'exponential')
-"""Arithmetics of the scan with a matrix, in the order of these numbers."""
+"""Arithmetic of the scan with a matrix, in the order of these numbers."""
 
 KAPPA_LIMIT = 1e11
 """Condition number up to which a scan in complex128 is accurate to 2e-5."""
