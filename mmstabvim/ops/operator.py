@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef  # type: ignore[attr-defined]
+from torch.library import CustomOpDef
 
 ON_CPU = {'cpu': 'cpu', 'fused': 'fused', 'triton': 'triton'}
 """Backend, and the module of the operator's package that runs it."""
