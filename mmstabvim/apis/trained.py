@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
+from mmstabvim.apis.model import get_model
 from mmstabvim.engine import launch
 from mmstabvim.layers import VisionMambaBlock
 
@@ -48,27 +47,17 @@ def load_model(args: argparse.Namespace) -> tuple[Config, nn.Module]:
         ValueError: If the checkpoint does not fit, or the model has no block
             of a Vision Mamba.
     """
-    cfg = launch.read_settings(args.config, args.cfg_options)
     args.checkpoint = launch.find_checkpoint(args.checkpoint)
     print(f'Checkpoint: {args.checkpoint}')  # noqa: T201
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(cfg.model)
-    if torch.device(args.device).type == 'cpu':
-        model = revert_sync_batchnorm(model)
-    try:
-        load_checkpoint(model, args.checkpoint, 'cpu', strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f'the checkpoint does not fit the model of the config: {error}'
-        ) from error
+    model = get_model(
+        args.config, args.checkpoint, args.cfg_options, args.device
+    )
     if not find_blocks(model):
         raise ValueError(
             f'the model must have blocks of a Vision Mamba, got '
             f'{type(model).__name__} without one'
         )
-    return cfg, model.to(args.device).eval()
+    return model.cfg, model
 
 
 def find_blocks(model: nn.Module) -> dict[str, VisionMambaBlock]:
