@@ -107,6 +107,23 @@ def picture_of(model: Any, image: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).numpy()
 
 
+def class_name(model: Any, number: int) -> str:
+    """Name of a class for people, its number where the model knows no word.
+
+    Args:
+        model (nn.Module): Of :func:`mmstabvim.apis.get_model`.
+        number (int): The class.
+
+    Returns:
+        str: The first of its names, or ``'class 3'``.
+    """
+    names = (model.dataset_meta or {}).get('classes') or ()
+    name = str(names[number]) if number < len(names) else ''
+    if not name or name.isdigit():
+        return f'class {name or number}'
+    return name.split(',')[0]
+
+
 class Sample(NamedTuple):
     """An image, and what is known of it."""
 
