@@ -1,9 +1,10 @@
-"""Console of the tools: results on stdout, progress and warnings on stderr."""
+"""Command line of the tools: options, messages, progress on stderr."""
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -66,3 +67,32 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f'must be at least 1, got {text}')
     return number
+
+
+def read_options(
+    parser: argparse.ArgumentParser,
+    words: Sequence[Any],
+    options: Mapping[str, Any],
+) -> argparse.Namespace:
+    """Read the options of a command line that are given by keyword.
+
+    Args:
+        parser (argparse.ArgumentParser): With the defaults.
+        words (Sequence): Positional arguments.
+        options (Mapping): By name, with underscores.
+
+    Returns:
+        argparse.Namespace: As from the command line.
+
+    Raises:
+        TypeError: If there is no such option.
+    """
+    args = parser.parse_args([str(word) for word in words])
+    unknown = options.keys() - vars(args).keys()
+    if unknown:
+        raise TypeError(
+            f'options must be some of {sorted(vars(args))}, got '
+            f'{sorted(unknown)}'
+        )
+    vars(args).update(options)
+    return args

@@ -1,7 +1,7 @@
 """One door from a config and a checkpoint to a model."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,24 +64,40 @@ def get_model(
     model = build_model(cfg)
     if torch.device(device).type == 'cpu':
         model = revert_sync_batchnorm(model)
-    meta = {}
+    meta: dict[str, Any] = {}
     if checkpoint is not None:
-        meta = _load_strictly(model, find_checkpoint(checkpoint))
+        path = find_checkpoint(checkpoint)
+        loaded = load_strictly(load_checkpoint, model, path, 'cpu')
+        meta = loaded.get('meta') or {}
     model.cfg = model._config = cfg
     meta = meta.get('dataset_meta') or _dataset_meta(cfg)
     model.dataset_meta = model._dataset_meta = meta
     return model.to(device).eval()
 
 
-def _load_strictly(model: Any, path: str) -> dict[str, Any]:
-    """Load weights; return what else the checkpoint tells of itself."""
+def load_strictly(load: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Load a checkpoint that must fit the model exactly.
+
+    mmengine only warns about a misfit, and would test random weights.
+
+    Args:
+        load (Callable): Takes ``strict``, and returns the checkpoint.
+        *args: Its arguments.
+        **kwargs: Its arguments by name.
+
+    Returns:
+        dict[str, Any]: The checkpoint.
+
+    Raises:
+        ValueError: If a weight of checkpoint or model does not find the
+            other.
+    """
     try:
-        checkpoint = load_checkpoint(model, path, 'cpu', strict=True)
+        return load(*args, strict=True, **kwargs)
     except RuntimeError as error:
         raise ValueError(
             f'the checkpoint does not fit the model of the config: {error}'
         ) from error
-    return checkpoint.get('meta') or {}
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
