@@ -4,9 +4,10 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
 
-def build_model(cfg: Config, **defaults: Any) -> Any:
+def build_model(cfg: Config, **defaults: Any) -> nn.Module:
     """Build the model of a config as a runner does.
 
     Args:

@@ -80,7 +80,7 @@ def count_flops(model: Any, image: Tensor) -> Counts:
         >>> counts = count_flops(VisionMamba('tiny').eval(),
         ...                      torch.zeros(1, 3, 224, 224))
         >>> sum(sum(part.values()) for part in counts.values())
-        3013410816
+        3013521408
     """
     for module in model.modules():
         if isinstance(module, SelectiveSSM):

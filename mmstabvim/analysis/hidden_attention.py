@@ -179,7 +179,7 @@ def find_matrices(
         >>> from mmstabvim.apis import get_model
         >>> model = get_model('configs/vim/vim-nano-p4_1xb64-20e_digits.py')
         >>> find_matrices(model, torch.rand(1, 3, 32, 32))['both'].shape
-        torch.Size([4, 65, 65])
+        torch.Size([3, 65, 65])
     """
     found: dict[str, list[Tensor]] = {}
 
@@ -193,7 +193,8 @@ def find_matrices(
     _, backbone = tokens.find_backbone(model)
     with ExitStack() as hooks:
         for block in backbone.layers:
-            handle = block.mixer.register_forward_pre_hook(compute)
+            mixer: Any = block.mixer
+            handle = mixer.register_forward_pre_hook(compute)
             hooks.callback(handle.remove)
         model(image)
     matrices = {name: torch.stack(part) for name, part in found.items()}
@@ -397,7 +398,9 @@ def _save_matrices(
     path: Path, matrices: Matrices, layout: tokens.Layout
 ) -> None:
     """Write the matrices of each direction, and of the rollout."""
-    arrays = {k: v.numpy() for k, v in matrices.items() if k != BOTH}
+    arrays: dict[str, Any] = {
+        k: v.numpy() for k, v in matrices.items() if k != BOTH
+    }
     np.savez_compressed(
         path.with_suffix('.npz'),
         **arrays,

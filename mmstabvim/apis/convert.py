@@ -33,7 +33,7 @@ class Conversion(NamedTuple):
     @property
     def checkpoint(self) -> Checkpoint:
         """Content of the file to save."""
-        meta = {'meta': {}} if self.key == 'state_dict' else {}
+        meta: Checkpoint = {'meta': {}} if self.key == 'state_dict' else {}
         return {self.key: self.weights, **meta}
 
 

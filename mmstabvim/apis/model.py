@@ -1,5 +1,6 @@
 """One door from a config and a checkpoint to a model."""
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,22 +52,22 @@ def get_model(
         >>> from mmstabvim.apis import get_model
         >>> model = get_model('configs/vim/vim-nano-p4_1xb64-20e_digits.py')
         >>> model.backbone.num_layers
-        4
+        3
     """
     options = dict(cfg_options or {})
     if isinstance(config, Config):
-        cfg = config.copy()
+        cfg = copy.deepcopy(config)
         merge_options(cfg, options)
     else:
         cfg = launch.read_settings(str(config), options)
     if not cfg.get('model'):
         raise ValueError(f'the config must have a model, got {sorted(cfg)}')
-    model = build_model(cfg)
+    model: Any = build_model(cfg)
     if torch.device(device).type == 'cpu':
         model = revert_sync_batchnorm(model)
     meta: dict[str, Any] = {}
     if checkpoint is not None:
-        path = find_checkpoint(checkpoint)
+        path = find_checkpoint(os.fspath(checkpoint))
         loaded = load_strictly(load_checkpoint, model, path, 'cpu')
         meta = loaded.get('meta') or {}
     model.cfg = model._config = cfg
@@ -102,7 +103,8 @@ def load_strictly(load: Callable, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Look up what the test set's class says of its classes."""
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    loader = cfg.get('test_dataloader') or {}
+    dataset: Any = loader.get('dataset') or {}
     while 'dataset' in dataset:  # a wrapper has none of its own
         dataset = dataset.dataset
     kind = dataset.get('type')

@@ -171,6 +171,7 @@ def choose_out_item(out: str | None, item: str | None) -> str | None:
             raise SettingError(f'--out-item {item} needs --out')
         return None
     suffix = Path(out).suffix
+    wanted: tuple[str, ...]
     if item is None:
         item = 'metrics' if suffix in ('.json', '.yaml', '.yml') else 'pred'
     if item == 'metrics':

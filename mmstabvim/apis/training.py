@@ -181,7 +181,7 @@ def _say(what: str) -> None:
 
 def _scale_lr(cfg: Config) -> None:
     """Turn on mmengine's scaling of the learning rate."""
-    scaling = cfg.get('auto_scale_lr') or {}
+    scaling: Any = cfg.get('auto_scale_lr') or {}
     if 'base_batch_size' not in scaling:
         raise SettingError(
             '--auto-scale-lr wants auto_scale_lr.base_batch_size in the '

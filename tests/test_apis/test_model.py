@@ -41,6 +41,7 @@ def test_options_change_a_copy(cfg):
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
     assert model.cfg.model.head.num_classes == 3
     assert cfg.model.head.num_classes == 10
+    assert 'data_preprocessor' not in cfg.model
     with pytest.raises(ValueError, match='num_clases'):
         get_model(cfg, cfg_options={'model.head.num_clases': 3})
 
