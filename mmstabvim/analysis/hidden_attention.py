@@ -367,7 +367,7 @@ def draw_maps(
     layout: tokens.Layout,
     mark: tuple[int, int] | None = None,
 ) -> Figure:
-    """Draw the image, then maps over it, three of each layer.
+    """Draw maps over the image, three of each layer; rows begin with it.
 
     Args:
         rows (Sequence[dict]): From :func:`map_rows`, with ``layer`` and
@@ -385,13 +385,17 @@ def draw_maps(
         for row in rows
         if row['token'] == 'patch'
     ]
-    panels = {'image': Panel('image', picture)}
+    titles = {}
     for row in marks:
         title = f'layer {row["layer"]}, {row["direction"]}'
-        title = ROLLOUT if row['layer'] == ROLLOUT else title
-        panels[row['panel']] = Panel(title, picture, mark)
-    columns = 3 if len(panels) <= 10 else 6
-    return overlay_figure(marks, panels, layout.patches, columns)
+        titles[row['panel']] = ROLLOUT if row['layer'] == ROLLOUT else title
+    maps = 3 if len(titles) <= 9 else 6  # in a row
+    panels = {}
+    for i, (name, title) in enumerate(titles.items()):
+        if i % maps == 0:
+            panels[f'image {i}'] = Panel('image', picture)
+        panels[name] = Panel(title, picture, mark)
+    return overlay_figure(marks, panels, layout.patches, 1 + maps)
 
 
 def _save_matrices(

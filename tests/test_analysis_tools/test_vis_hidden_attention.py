@@ -192,14 +192,18 @@ def test_summary_by_hand():
     assert mean['distance'] == 0
 
 
-def test_the_image_comes_first(digits, tmp_path):
+def test_each_row_begins_with_the_image(digits, tmp_path):
     _, _, model = load(digits())
     layout = tokens.layout_of(model.backbone, torch.zeros(1, 3, 32, 32))
-    of = dict(layer='1', direction='both')
-    rows = analysis.map_rows(torch.eye(17), [8], layout, **of)
+    rows = []
+    for layer in '01':
+        for direction in ('forward', 'backward', 'both'):
+            of = dict(layer=layer, direction=direction)
+            rows += analysis.map_rows(torch.eye(17), [8], layout, **of)
     figure = analysis.draw_maps(rows, np.zeros((32, 32, 3)), layout)
     titles = [axes.get_title() for axes in figure.axes]
-    assert [*filter(None, titles)] == ['image', 'layer 1, both']
+    assert titles[::4] == ['image', 'image']
+    assert titles[5] == 'layer 1, forward'
 
 
 def test_without_matrices(digits, tmp_path):
