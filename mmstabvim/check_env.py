@@ -146,7 +146,7 @@ def _gpu() -> str:
 
 
 def shims() -> Lines:
-    """Tell which shims of OpenMMLab are active."""
+    """List the shims of OpenMMLab and their state."""
     if not stack.installed('mmengine'):
         yield 'none', 'MMEngine is not installed: none is needed'
         return
@@ -156,7 +156,7 @@ def shims() -> Lines:
 
 
 def compiled() -> Lines:
-    """Tell the compiler, the cache and whether the C++ kernels are there."""
+    """Describe the compiler, the cache and the state of the C++ kernels."""
     yield 'cache folder', str(native._cache_folder())
     if not native.enabled():
         yield 'C++ kernels', f'off ({native.ENVIRONMENT_VARIABLE}=0)'
@@ -185,7 +185,7 @@ def backends() -> Lines:
 
 
 def _has_fused() -> bool:
-    """Tell whether the C++ kernels are built and allowed."""
+    """Tell if the C++ kernels are built and allowed."""
     return native.enabled() and fused_scan.library() is not None
 
 

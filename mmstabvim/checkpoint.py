@@ -40,7 +40,7 @@ Safety does not rest on this list, since whatever is not on it is inert."""
 
 
 class Placeholder:
-    """Stands for an object that is not loaded; takes anything, does nothing.
+    """Stand-in for an object that is not loaded; it does nothing.
 
     One subclass is made for each unknown name in a file, so that a printed
     checkpoint shows what was left out.
@@ -87,7 +87,7 @@ def _encode_bytes(text: str, encoding: str) -> bytes:
 
 
 def _known_globals() -> dict[str, Any]:
-    """Map the names that a file may use to what they stand for here."""
+    """Map the names that a file may use to objects."""
     known: dict[str, Any] = {
         'collections.OrderedDict': collections.OrderedDict,
         'collections.Counter': collections.Counter,
@@ -136,7 +136,7 @@ _NOT_THE_FILE = (PermissionError, torch.cuda.OutOfMemoryError)
 
 
 def _runs_code(module: str, name: str) -> bool:
-    """Tell whether a global is a known way to run code."""
+    """Tell if a global is a known way to run code."""
     if module != 'builtins':
         return module.split('.')[0] in _CODE_MODULES
     # Classes such as `object` are harmless; so is `getattr`, which pickled
@@ -198,11 +198,11 @@ _tensor_pickle = SimpleNamespace(
 
 
 def load_tensors(file: Any, map_location: Any = 'cpu') -> dict | torch.Tensor:
-    """Read what a checkpoint file holds, without running its code.
+    """Read the content of a checkpoint file without running its code.
 
     Args:
         file (str | os.PathLike | BinaryIO): Path, or a seekable binary file.
-        map_location: As for ``torch.load``. Defaults to 'cpu'.
+        map_location: Argument of ``torch.load``. Defaults to 'cpu'.
 
     Returns:
         dict | Tensor: Objects in it that are neither tensors nor plain
@@ -239,7 +239,7 @@ def load_checkpoint_tensors(file: Any, map_location: Any = 'cpu') -> dict:
 
     Args:
         file (str | os.PathLike | BinaryIO): Path, or a seekable binary file.
-        map_location: As for ``torch.load``. Defaults to 'cpu'.
+        map_location: Argument of ``torch.load``. Defaults to 'cpu'.
 
     Returns:
         dict: See :func:`load_tensors`.
@@ -260,10 +260,10 @@ def load_everything(file: Any, map_location: Any = 'cpu') -> Any:
 
     Args:
         file (str | os.PathLike | BinaryIO): Path, or a seekable binary file.
-        map_location: As for ``torch.load``. Defaults to 'cpu'.
+        map_location: Argument of ``torch.load``. Defaults to 'cpu'.
 
     Returns:
-        Any: What was saved.
+        Any: The saved object.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -274,7 +274,7 @@ def load_everything(file: Any, map_location: Any = 'cpu') -> Any:
 
 
 def _load_checked(load: Callable, file: Any, map_location: Any) -> Any:
-    """Call ``load`` and turn what goes wrong into clear errors."""
+    """Call ``load`` and explain its errors."""
     if not hasattr(file, 'read') and not os.path.isfile(file):
         raise FileNotFoundError(
             f'{_name(file)}: wanted a checkpoint file, got '

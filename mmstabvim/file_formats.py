@@ -63,7 +63,7 @@ def read_safetensors(
 
     Args:
         file (str | os.PathLike | BinaryIO): Path, or a seekable binary file.
-        map_location: Where the tensors go: a device, or any other value for
+        map_location: Device of the tensors, or any other value for
             the CPU. Defaults to 'cpu'.
 
     Returns:
@@ -110,7 +110,7 @@ def foreign_format(file: Any) -> str | None:
 
 
 def describe_folder(folder: str | os.PathLike[str]) -> str:
-    """Say what a folder in place of a checkpoint file is, and the cure.
+    """Describe a folder in place of a checkpoint file, with the cure.
 
     Args:
         folder (str | os.PathLike): An existing folder.

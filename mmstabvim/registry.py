@@ -1,9 +1,8 @@
 """Child registries of mmengine's root registries, scope ``mmstabvim``.
 
 A config of any OpenMMLab toolkit reaches them through the scope:
-``type='mmstabvim.VisionMamba'``. ``locations`` name the packages that are
-imported when a registry is first searched, so importing ``mmstabvim`` stays
-cheap.
+``type='mmstabvim.VisionMamba'``. Their packages are imported when
+a registry is first searched, so importing ``mmstabvim`` stays cheap.
 """
 
 import re
@@ -13,95 +12,81 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-import mmengine.registry
-from mmengine.registry import DATASETS as MMENGINE_DATASETS
-from mmengine.registry import HOOKS as MMENGINE_HOOKS
-from mmengine.registry import METRICS as MMENGINE_METRICS
-from mmengine.registry import MODELS as MMENGINE_MODELS
-from mmengine.registry import (
-    OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-)
-from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
-from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+import mmengine.registry as roots
 from mmengine.registry import Registry
 
 from mmstabvim import stack
 
-MODELS = Registry(
-    'model',
-    parent=MMENGINE_MODELS,
-    scope='mmstabvim',
-    locations=['mmstabvim.models', 'mmstabvim.evaluation'],
-)
-HOOKS = Registry(
-    'hook',
-    parent=MMENGINE_HOOKS,
-    scope='mmstabvim',
-    locations=['mmstabvim.engine'],
-)
-OPTIM_WRAPPERS = Registry(
-    'optim_wrapper',
-    parent=MMENGINE_OPTIM_WRAPPERS,
-    scope='mmstabvim',
-    locations=['mmstabvim.engine'],
-)
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    scope='mmstabvim',
-    locations=['mmstabvim.engine'],
-)
-DATASETS = Registry(
-    'dataset',
-    parent=MMENGINE_DATASETS,
-    scope='mmstabvim',
-    locations=['mmstabvim.datasets'],
-)
-TRANSFORMS = Registry(
-    'transform',
-    parent=MMENGINE_TRANSFORMS,
-    scope='mmstabvim',
-    locations=['mmstabvim.datasets'],
-)
-METRICS = Registry(
-    'metric',
-    parent=MMENGINE_METRICS,
-    scope='mmstabvim',
-    locations=['mmstabvim.evaluation'],
-)
 
+class LazyRegistry(Registry):
+    """Registry that imports some of its classes when they are looked up.
 
-def register_of_mmseg(
-    package: str, classes: dict[str, tuple[str, Registry]]
-) -> Callable[[str], Any]:
-    """Register classes of MMSegmentation's kind without importing it.
-
-    Users of MMPretrain need not have it, and importing it takes seconds. So
-    each name is entered with a function that imports the class and calls it.
+    Classes that derive from MMSegmentation's need it and take seconds to
+    import, and users of MMPretrain need not have it.
 
     Args:
-        package (str): Name of the package that exports the classes.
-        classes (dict): Name of a class to its module and its registry.
-
-    Returns:
-        Callable: ``__getattr__`` of the package, which imports a class on
-        first use.
+        parent (Registry): Registry of mmengine.
+        *locations (str): Packages imported when the registry is first
+            searched.
     """
 
-    def load(name: str) -> Any:
-        if name not in classes:
-            raise AttributeError(
-                f'module {package!r} has no attribute {name!r}'
-            )
-        return _load_of_mmseg(name, classes[name][0])
+    def __init__(self, parent: Registry, *locations: str) -> None:
+        super().__init__(
+            parent.name,
+            parent=parent,
+            scope='mmstabvim',
+            locations=list(locations),
+        )
+        self.deferred: dict[str, str] = {}
 
-    for name, (_, registry) in classes.items():
-        registry.register_module(name=name, module=_builder(load, name))
-    return load
+    def defer(self, **modules: str) -> None:
+        """Import classes of these names when they are asked for.
+
+        Args:
+            **modules (str): Module of each class, which registers it.
+        """
+        self.deferred.update(modules)
+
+    def get(self, key: str) -> type | None:
+        """Find a class, importing it if it is deferred.
+
+        Args:
+            key (str): Name with or without scope.
+
+        Returns:
+            type | None: None without such a class, as in mmengine.
+
+        Raises:
+            ImportError: If its toolkit is missing, with the command that
+                installs it.
+        """
+        self.import_from_location()
+        scope, name = self.split_scope_key(key)
+        if scope in (None, self.scope) and name in self.deferred:
+            import_of_mmseg(self.deferred[name], name)
+        return super().get(key)
 
 
-def _load_of_mmseg(name: str, module: str) -> Any:
-    """Import a class; where its toolkit is missing, say what to install."""
+MODELS = LazyRegistry(roots.MODELS, 'mmstabvim.models', 'mmstabvim.evaluation')
+HOOKS = LazyRegistry(roots.HOOKS, 'mmstabvim.engine.hooks')
+OPTIM_WRAPPER_CONSTRUCTORS = LazyRegistry(
+    roots.OPTIM_WRAPPER_CONSTRUCTORS, 'mmstabvim.engine.optimizers'
+)
+DATASETS = LazyRegistry(roots.DATASETS, 'mmstabvim.datasets')
+TRANSFORMS = LazyRegistry(roots.TRANSFORMS, 'mmstabvim.datasets')
+METRICS = LazyRegistry(roots.METRICS, 'mmstabvim.evaluation')
+
+
+def import_of_mmseg(module: str, name: str) -> type:
+    """Import a class; where its toolkit is missing, say what to install.
+
+    Args:
+        module (str): Module of the class.
+        name (str): Name of the class.
+
+    Raises:
+        ImportError: If MMSegmentation or mmcv is missing.
+    """
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
@@ -113,20 +98,39 @@ def _load_of_mmseg(name: str, module: str) -> Any:
         ) from error
 
 
-def _builder(load: Callable[[str], Any], name: str) -> Callable[..., Any]:
-    """A function that stands for the class ``name`` in a registry."""
+def defer_to_mmseg(
+    package: str, registries: dict[Registry, dict[str, str]]
+) -> Callable[[str], Any]:
+    """Register a package's classes of MMSegmentation's kind for later.
 
-    def build(*args: Any, **kwargs: Any) -> Any:
-        return load(name)(*args, **kwargs)
+    Args:
+        package (str): Name of the package that exports the classes.
+        registries (dict): Module of each class by its name, by registry.
 
-    return build
+    Returns:
+        Callable: ``__getattr__`` of the package, which imports a class on
+        first use.
+    """
+    modules: dict[str, str] = {}
+    for registry, classes in registries.items():
+        registry.defer(**classes)
+        modules.update(classes)
+
+    def load(name: str) -> Any:
+        if name not in modules:
+            raise AttributeError(
+                f'module {package!r} has no attribute {name!r}'
+            )
+        return import_of_mmseg(modules[name], name)
+
+    return load
 
 
 def suggest_types(error: KeyError) -> str | None:
-    """Find registered names near the one that mmengine did not find.
+    """Find registered names near an unknown one.
 
     Args:
-        error (KeyError): As raised by ``Registry.build`` for an unknown
+        error (KeyError): Raised by ``Registry.build`` for an unknown
             ``type``.
 
     Returns:
@@ -148,7 +152,7 @@ def suggest_types(error: KeyError) -> str | None:
 def _registered_names(registry_name: str, scope: str | None) -> list[str]:
     """List a registry's names in all scopes, as written in ``scope``."""
     names = []
-    for root in vars(mmengine.registry).values():
+    for root in vars(roots).values():
         if not isinstance(root, Registry):
             continue
         # a child's name may differ from its root's
@@ -158,7 +162,9 @@ def _registered_names(registry_name: str, scope: str | None) -> list[str]:
         for registry in _with_children(root):
             bare = registry.scope in (scope, root.scope)
             prefix = '' if bare else f'{registry.scope}.'
-            names += [prefix + name for name in registry.module_dict]
+            deferred = getattr(registry, 'deferred', {})
+            known = dict.fromkeys([*registry.module_dict, *deferred])
+            names += [prefix + name for name in known]
     return names
 
 

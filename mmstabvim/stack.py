@@ -1,4 +1,4 @@
-"""OpenMMLab as it is installed: found, and refused where it cannot work.
+"""Find the installed OpenMMLab; refuse it where it cannot work.
 
 The original packages and the maintained fork (``onedl-...``) install the
 same folders, so do ``mmcv`` and ``mmcv-lite``. Only metadata and constants
@@ -202,7 +202,7 @@ def _is_fork(distribution: str) -> bool:
 
 
 class _Watcher(MetaPathFinder):
-    """Calls functions before or after a module is imported.
+    """Finder that calls functions before or after a module is imported.
 
     Before: as the module is executed, not as it is found, since finding is
     how others ask whether it is installed.
@@ -225,7 +225,7 @@ class _Watcher(MetaPathFinder):
 
 
 class _WithCalls(Loader):
-    """A loader that calls functions before and after it executes a module."""
+    """Loader that calls functions before and after it executes a module."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

@@ -1,3 +1,3 @@
-"""The version of mmstabvim."""
+"""Version of mmstabvim."""
 
 __version__ = '0.1.0'

@@ -1,6 +1,7 @@
 """The report of the environment: what it prints, and when it fails."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_parts_survive_each_other(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(check_env, 'rms_norm', broken)
     status, out = report(capsys)
     assert status == 1
-    assert 'rms_norm cpu                 FAILED RuntimeError: broken' in out
+    assert re.search(r'rms_norm \w+ +FAILED RuntimeError: broken', out)
     assert 'none.npz' in out
     assert 'inference' in out
 
@@ -117,7 +118,7 @@ def test_a_wrong_backend_is_found(capsys, monkeypatch):
     monkeypatch.setattr(check_env, 'gated_merge', lambda y, z: y[0] * z)
     status, out = report(capsys)
     assert status == 1
-    assert 'gated_merge cpu              FAILED' in out
+    assert re.search(r'gated_merge \w+ +FAILED', out)
 
 
 def test_without_a_compiler(capsys, monkeypatch, tmp_path):
@@ -130,7 +131,7 @@ def test_without_a_compiler(capsys, monkeypatch, tmp_path):
     native.load.cache_clear()
     assert status == 0, out
     assert 'no C++ compiler' in out
-    assert 'selective_scan fused         not run' in out
+    assert re.search('selective_scan fused +not run', out)
 
 
 def test_without_openmmlab():

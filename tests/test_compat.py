@@ -41,6 +41,12 @@ from mmstabvim.checkpoint import (
     load_checkpoint_tensors,
     load_tensors,
 )
+from mmstabvim.compat import cpu_amp
+from mmstabvim.compat.config_package import (
+    _with_own_path,
+    config_module,
+    hub_module,
+)
 from mmstabvim.registry import suggest_types
 
 REPO = Path(__file__).resolve().parents[1]
@@ -582,7 +588,7 @@ def test_download_goes_to_the_hub_folder_once(offline, trained, tmp_path):
 
 
 def test_weights_only_false_does_not_open_the_door(evil_file, marker):
-    """As mmengine 0.11 calls it."""
+    """mmengine 0.11 calls it so."""
     with pytest.raises(ValueError, match='refused'):
         mmengine_checkpoint.torch.load(
             evil_file, map_location='cpu', weights_only=False
@@ -713,7 +719,7 @@ def test_amp_refuses_another_dtype(dtype):
 
 
 def test_amp_is_left_alone_with_a_gpu(monkeypatch):
-    monkeypatch.setattr(compat, 'get_device', lambda: 'cuda')
+    monkeypatch.setattr(cpu_amp, 'get_device', lambda: 'cuda')
     monkeypatch.setitem(OPTIM_WRAPPERS._module_dict, 'AmpOptimWrapper', None)
     compat.register_cpu_amp()
     assert OPTIM_WRAPPERS._module_dict['AmpOptimWrapper'] is None
@@ -927,11 +933,11 @@ def test_package_is_known_to_the_config_loader(tmp_path, monkeypatch):
 
 def test_package_is_found_by_its_import_path():
     """mmengine asks the distribution, which is elsewhere if editable."""
-    own = str(Path(compat.__file__).parent)
-    find = compat._with_own_path(lambda package: f'elsewhere/{package}')
+    own = str(Path(compat.__file__).parents[1])
+    find = _with_own_path(lambda package: f'elsewhere/{package}')
     assert find('mmstabvim') == own
     assert find('mmseg') == 'elsewhere/mmseg'
-    for module in (compat.config_module, compat.hub_module):
+    for module in (config_module, hub_module):
         assert module.get_installed_path('mmstabvim') == own
         assert hasattr(module.get_installed_path, '__wrapped__')
 

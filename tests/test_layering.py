@@ -15,6 +15,7 @@ LEVELS = {
     'version': 0,
     'checkpoint': 0,
     'file_formats': 0,
+    'hook_handles': 0,
     'loading': 0,
     'log': 0,
     'model_hub': 0,
@@ -38,6 +39,7 @@ LEVELS = {
 }
 # registered parts know each other through the registry only
 APART = {'models', 'engine', 'datasets'}
+HOOKS = 'mmstabvim.engine.hooks'
 HEAVY = {'triton', 'mmpretrain', 'mmseg', 'mmcv'}
 
 
@@ -105,6 +107,47 @@ def test_the_package_imports_no_tool():
     tools = {path.stem for path in SCRIPTS} | {'tools'}
     for path in PACKAGE.rglob('*.py'):
         assert not top_names(path) & (tools - sys.stdlib_module_names), path
+
+
+MAMBA = {'layers', 'models', 'ops', 'stability'}
+
+
+def mamba_imports(path):
+    """Imports of a file that only a state-space model needs."""
+    names = (n for n in imported_modules(path) if n.startswith('mmstabvim.'))
+    return [
+        name
+        for name in names
+        if name.split('.')[1] in MAMBA or name.startswith(HOOKS)
+    ]
+
+
+@pytest.mark.parametrize(
+    'path',
+    [
+        *sorted((PACKAGE / 'engine/divergence').glob('*.py')),
+        PACKAGE / 'engine/__init__.py',
+        PACKAGE / 'engine/random_state.py',
+        PACKAGE / 'engine/runner_access.py',
+    ],
+    ids=lambda path: f'{path.parent.name}/{path.stem}',
+)
+def test_divergence_needs_no_mamba(path):
+    assert not mamba_imports(path)
+
+
+def test_the_door_of_divergence_loads_no_mamba():
+    code = (
+        'import sys, mmstabvim.engine.divergence\n'
+        "print(*(n for n in sys.modules if n.startswith('mmstabvim.')))"
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {name.split('.')[1] for name in done.stdout.split()}
+    assert 'engine' in loaded
+    assert not MAMBA & loaded
 
 
 def test_the_walk_sees_an_upward_import(tmp_path):

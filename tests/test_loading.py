@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from small_runs import digits_config, scenes_config, train
 from torch import nn
 
-from mmstabvim import VisionMamba, load_weights, loading
+from mmstabvim import VisionMamba, load_weights
 from mmstabvim.checkpoint import load_checkpoint_tensors
-from mmstabvim.loading import find_weights
+from mmstabvim.loading import find_weights, into_mmengine
 from mmstabvim.models.vim_checkpoint import to_official, to_official_segmentor
 
 ARCH = dict(embed_dims=16, num_layers=2, d_state=4)
@@ -227,7 +227,7 @@ def test_nothing_or_too_little_is_an_error(tmp_path, name, key):
 
 
 def test_a_head_alone_into_a_head(tmp_path):
-    """What is asked for is counted, not what surrounds it."""
+    """Only the part that is asked for is counted."""
     torch.save({'state_dict': DONOR}, tmp_path / 'a.pth')
     head = nn.Module()
     head.fc = nn.Linear(16, 3)
@@ -398,7 +398,9 @@ def test_published_numbers_from_an_official_file(golden, tmp_path):
 def test_summary_is_said_once(tmp_path, monkeypatch):
     """The EMA hook loads the same file a second time."""
     said = []
-    monkeypatch.setattr(loading, 'print_log', lambda *a, **k: said.append(a))
+    monkeypatch.setattr(
+        into_mmengine, 'print_log', lambda *a, **k: said.append(a)
+    )
     torch.save({'state_dict': DONOR}, tmp_path / 'a.pth')
     for _ in range(2):
         load_checkpoint(Classifier(), str(tmp_path / 'a.pth'))

@@ -19,6 +19,7 @@ from PIL import Image
 from mmstabvim import apis
 from mmstabvim.apis import testing, training
 from mmstabvim.engine import launch
+from mmstabvim.engine.training_summary import _split_name
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
@@ -302,7 +303,7 @@ def test_summary_tells_validation_from_test():
             test_dataloader=dict(dataset=dict(split='test')),
         )
     )
-    assert launch._split_name(cfg) == 'Validation set'
+    assert _split_name(cfg) == 'Validation set'
 
 
 def test_work_dir_defaults_to_config_name(config):

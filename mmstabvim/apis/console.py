@@ -40,7 +40,11 @@ def working() -> Iterator[Progress]:
         Progress: Bars on stderr.
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with quiet(), launch.clear_errors(), Progress(console=console) as progress:
+    with (
+        quiet(),
+        launch.explain_errors(),
+        Progress(console=console) as progress,
+    ):
         yield progress
 
 

@@ -13,7 +13,7 @@ from mmengine.runner import load_checkpoint
 
 from mmstabvim.building import build_model
 from mmstabvim.engine import launch
-from mmstabvim.engine.settings_check import merge_options
+from mmstabvim.engine.settings import merge_options
 from mmstabvim.engine.work_dir import find_checkpoint
 
 

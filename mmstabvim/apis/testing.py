@@ -53,7 +53,7 @@ def evaluate(
         {'accuracy/top1': 97.3}
     """
     args = console.read_options(make_parser(), [config, checkpoint], options)
-    with launch.clear_errors():
+    with launch.explain_errors():
         runner = launch.build_runner(make_config(args))
         if args.tta:
             _draw_first_view(runner)

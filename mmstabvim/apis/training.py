@@ -40,7 +40,7 @@ def train(config: str | os.PathLike, **options: Any) -> Any:
         >>> runner = train(config, seed=1)  # doctest: +SKIP
     """
     args = console.read_options(make_parser(), [config], options)
-    with launch.clear_errors():
+    with launch.explain_errors():
         runner = launch.build_runner(make_config(args))
         explain_resume(runner)
         runner.train()

@@ -1,14 +1,16 @@
 """Datasets: the embedded default data, CamVid, and a check of masks."""
 
 from mmstabvim.datasets.digits import Digits
-from mmstabvim.registry import DATASETS, TRANSFORMS, register_of_mmseg
+from mmstabvim.registry import DATASETS, TRANSFORMS, defer_to_mmseg
 
 _OF_MMSEG = {
-    'CamVidDataset': ('mmstabvim.datasets.camvid', DATASETS),
-    'CheckSegMap': ('mmstabvim.datasets.check_seg_map', TRANSFORMS),
-    'DigitScenes': ('mmstabvim.datasets.digit_scenes', DATASETS),
+    DATASETS: {
+        'CamVidDataset': 'mmstabvim.datasets.camvid',
+        'DigitScenes': 'mmstabvim.datasets.digit_scenes',
+    },
+    TRANSFORMS: {'CheckSegMap': 'mmstabvim.datasets.check_seg_map'},
 }
 
-__all__ = ['Digits', *sorted(_OF_MMSEG)]
+__all__ = ['CamVidDataset', 'CheckSegMap', 'DigitScenes', 'Digits']
 
-__getattr__ = register_of_mmseg(__name__, _OF_MMSEG)
+__getattr__ = defer_to_mmseg(__name__, _OF_MMSEG)

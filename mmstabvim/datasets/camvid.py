@@ -5,10 +5,13 @@ from typing import ClassVar
 
 from mmseg.datasets import BaseSegDataset
 
+from mmstabvim.registry import DATASETS
+
 VOID = 11
 IGNORED = 255  # what MMSegmentation's losses and metrics skip
 
 
+@DATASETS.register_module()
 class CamVidDataset(BaseSegDataset):
     """CamVid: street scenes of 11 classes, in MMSegmentation's layout.
 
@@ -57,7 +60,7 @@ class CamVidDataset(BaseSegDataset):
     def get_label_map(
         cls, new_classes: Sequence[str] | None = None
     ) -> dict[int, int]:
-        """Labels of the masks to those of training, void included.
+        """Map the labels of the masks to those of training, with void.
 
         Args:
             new_classes (Sequence[str], optional): Classes to keep. Defaults

@@ -1,9 +1,12 @@
-"""A transform that refuses masks which do not fit."""
+"""Transform that refuses masks which do not fit."""
 
 import numpy as np
 from mmcv.transforms import BaseTransform
 
+from mmstabvim.registry import TRANSFORMS
 
+
+@TRANSFORMS.register_module()
 class CheckSegMap(BaseTransform):
     """Refuse a mask whose size or labels are wrong, naming its file.
 
@@ -19,7 +22,7 @@ class CheckSegMap(BaseTransform):
         num_classes (int): Labels 0 to ``num_classes - 1`` are allowed: 2 for
             background and foreground, also where the head has
             ``num_classes=1``.
-        ignore_index (int): And this one. Defaults to 255.
+        ignore_index (int): Allowed label of ignored pixels. Defaults to 255.
 
     Raises:
         ValueError: If ``num_classes`` is not positive; in the pipeline, if a
@@ -37,10 +40,10 @@ class CheckSegMap(BaseTransform):
         """Check one mask.
 
         Args:
-            results (dict): Of the pipeline so far.
+            results (dict): Results of the pipeline so far.
 
         Returns:
-            dict: The same.
+            dict: ``results``, unchanged.
         """
         mask = results.get('gt_seg_map')
         if mask is None:
@@ -65,7 +68,7 @@ class CheckSegMap(BaseTransform):
         return results
 
     def __repr__(self) -> str:
-        """Class and arguments, as the host's transforms."""
+        """Format class and arguments, as the host's transforms do."""
         return (
             f'{type(self).__name__}(num_classes={self.num_classes}, '
             f'ignore_index={self.ignore_index})'
@@ -73,5 +76,5 @@ class CheckSegMap(BaseTransform):
 
 
 def _name(results: dict) -> str:
-    """File of the mask, for a message."""
+    """Return the file of the mask, for a message."""
     return str(results.get('seg_map_path', 'a mask without seg_map_path'))

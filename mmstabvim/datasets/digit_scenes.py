@@ -9,6 +9,7 @@ from mmseg.datasets import BaseSegDataset
 
 from mmstabvim.datasets.digits import SPLITS
 from mmstabvim.datasets.scene_composer import compose_scene
+from mmstabvim.registry import DATASETS
 from mmstabvim.stability.inputs import check_choice
 
 PREFIX = 'digit-scenes'
@@ -19,13 +20,13 @@ NUM_SCENES = {'train': 20000, 'test': 400}
 
 @register_backend(PREFIX, prefixes=PREFIX)
 class DigitScenesBackend(BaseStorageBackend):
-    """Composes a scene when its path is read, as a PNG file's bytes.
+    """File backend that composes a scene when its path is read.
 
     So every transform, hook and tool that reads a file reads scenes too.
     """
 
     def get(self, filepath: str) -> bytes:
-        """Image or mask, encoded.
+        """Return an image or a mask, encoded.
 
         Args:
             filepath (str): ``digit-scenes://SPLIT/SIZE/SEED/KIND/INDEX.png``
@@ -54,6 +55,7 @@ class DigitScenesBackend(BaseStorageBackend):
         raise TypeError(f'a scene is no text file, got {str(filepath)!r}')
 
 
+@DATASETS.register_module()
 class DigitScenes(BaseSegDataset):
     """Digits over a textured background, labelled pixel by pixel.
 
@@ -95,10 +97,10 @@ class DigitScenes(BaseSegDataset):
             64.
         num_samples (int, optional): Number of scenes. Defaults to None:
             20,000 for training, 400 for testing.
-        seed (int): Another one, other scenes. Defaults to 0.
-        **kwargs: Of MMSegmentation's ``BaseSegDataset``: ``pipeline``,
-            ``metainfo``, ``indices``, ``test_mode`` and so on; not the
-            folders.
+        seed (int): Seed of the scenes. Defaults to 0.
+        **kwargs: Arguments of MMSegmentation's ``BaseSegDataset``:
+            ``pipeline``, ``metainfo``, ``indices``, ``test_mode`` and so
+            on; not the folders.
 
     Raises:
         TypeError: If a number is no int, or at an unknown keyword.
@@ -145,12 +147,12 @@ class DigitScenes(BaseSegDataset):
         """List the scenes' paths.
 
         Returns:
-            list[dict]: One dict per scene, as of ``BaseSegDataset``.
+            list[dict]: One dict per scene, as ``BaseSegDataset`` wants it.
         """
         return [self._describe(index) for index in range(self.num_samples)]
 
     def _describe(self, index: int) -> dict:
-        """What a pipeline has to know of a scene."""
+        """Return the entry of a scene, for a pipeline."""
         values = dict(
             split=self.split, size=self.img_size, seed=self.seed, index=index
         )
@@ -164,7 +166,7 @@ class DigitScenes(BaseSegDataset):
 
 
 def _check_int(name: str, value: int, least: int) -> None:
-    """Refuse what is no int or too small."""
+    """Refuse a value that is no int or too small."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f'{name} must be an int, got {type(value).__name__}')
     if value < least:

@@ -15,7 +15,7 @@ MAX_VALUE = 16  # of the stored 8 x 8 images
 
 
 def split_indices(labels: np.ndarray, split: str) -> np.ndarray:
-    """Indices of one side of the fixed stratified split.
+    """Return the indices of one side of the fixed stratified split.
 
     Images 0, 5, 10, ... of each class, in the order in which they are stored,
     are the test images and the rest are the training images. No random number
@@ -63,17 +63,23 @@ class Digits(BaseDataset):
             ``classes`` is ``('0', ..., '9')``. Defaults to None.
         indices (int or Sequence[int], optional): The first images of the
             split, or the positions in it, to keep. Defaults to None, all.
-        serialize_data (bool): Whether to hold the samples as one array of
+        serialize_data (bool): Hold the samples as one array of
             bytes, which worker processes share. Defaults to True.
-        test_mode (bool): Whether a sample that the pipeline drops is an error
-            rather than replaced by another one. Defaults to False.
-        lazy_init (bool): Whether to load on first use only. Defaults to False.
-        max_refetch (int): How often to try for another sample when the
+        test_mode (bool): Raise an error where the pipeline drops a sample,
+            which is otherwise replaced by another one. Defaults to False.
+        lazy_init (bool): Load on first use only. Defaults to False.
+        max_refetch (int): Largest number of other samples to try when the
             pipeline drops one. Defaults to 1000.
 
     Raises:
         ValueError: If ``split`` is unknown or ``img_size`` is not positive.
         TypeError: If ``img_size`` is no int, or at an unknown keyword.
+
+    Example:
+        >>> from mmstabvim import Digits
+        >>> sample = Digits('test')[0]
+        >>> sample['img'].shape, sample['gt_label']
+        ((32, 32, 3), 0)
 
     Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten
     Digits", UCI Machine Learning Repository, 1998 (its test set), through
@@ -143,7 +149,7 @@ class Digits(BaseDataset):
         return np.repeat(large[..., None], 3, axis=2)  # (H, W, 3)
 
     def get_cat_ids(self, idx: int) -> list[int]:
-        """Class of a sample, for wrappers that balance classes.
+        """Return the class of a sample, for wrappers that balance classes.
 
         Args:
             idx (int): Position of the sample.

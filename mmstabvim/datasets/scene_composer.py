@@ -32,16 +32,21 @@ class Scene(NamedTuple):
 def compose_scene(
     split: str, index: int, size: int = 64, seed: int = 0
 ) -> Scene:
-    """Compose one scene; :class:`.DigitScenes` says how.
+    """Compose one scene, as :class:`.DigitScenes` describes it.
 
     Args:
         split (str): ``'train'`` or ``'test'``, whose digits are used.
         index (int): Number of the scene, at least 0.
         size (int): Height and width, pixels. Defaults to 64.
-        seed (int): Another one, other scenes. Defaults to 0.
+        seed (int): Seed of the scene. Defaults to 0.
 
     Returns:
-        Scene: The same one for the same arguments, not to be written to.
+        Scene: Shared for equal arguments, not to be written to.
+
+    Example:
+        >>> from mmstabvim.datasets.scene_composer import compose_scene
+        >>> compose_scene('test', 0).image.shape
+        (64, 64, 3)
     """
     # the legacy generator, whose numbers NumPy promises never to change
     rng = np.random.RandomState([seed, SPLITS.index(split), index])
@@ -66,7 +71,7 @@ def compose_scene(
 
 @functools.lru_cache
 def _digits_by_class(split: str) -> list[np.ndarray]:
-    """For each digit its images, (count, 8, 8), values 0 .. 1."""
+    """Load the images of each digit, (count, 8, 8), values 0 .. 1."""
     # here, because scikit-learn is slow to import
     from sklearn.datasets import load_digits
 
@@ -77,7 +82,7 @@ def _digits_by_class(split: str) -> list[np.ndarray]:
 
 
 def _texture(rng: np.random.RandomState, size: int) -> np.ndarray:
-    """Smooth noise and stripes between two colours, (size, size, 3)."""
+    """Draw smooth noise and stripes of two colours, (size, size, 3)."""
     field = _stripes(rng, size)
     for cells, weight in NOISE_SCALES:
         coarse = rng.uniform(-weight, weight, (cells, cells))
@@ -92,7 +97,7 @@ def _texture(rng: np.random.RandomState, size: int) -> np.ndarray:
 
 
 def _stripes(rng: np.random.RandomState, size: int) -> np.ndarray:
-    """One plane wave of 2 to 8 periods per side, (size, size)."""
+    """Draw a plane wave of 2 to 8 periods per side, (size, size)."""
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
     periods = rng.uniform(2, 8)
     pixels = np.arange(size, dtype=np.float32) * (2 * np.pi * periods / size)
@@ -103,7 +108,7 @@ def _stripes(rng: np.random.RandomState, size: int) -> np.ndarray:
 def _draw_digit(
     rng: np.random.RandomState, split: str, size: int
 ) -> tuple[int, np.ndarray]:
-    """A digit and its opacity, (side, side), 0 .. 1."""
+    """Draw a digit and its opacity, (side, side), 0 .. 1."""
     digit = rng.randint(10)
     images = _digits_by_class(split)[digit]
     return digit, _enlarge(rng, images[rng.randint(len(images))], size)
@@ -115,7 +120,7 @@ def _find_place(
     labels: np.ndarray,
     max_overlap: float,
 ) -> tuple[slice, slice] | None:
-    """Where a digit covers at most so many pixels of others; perhaps None."""
+    """Find a place that covers few pixels of other digits, None if none."""
     side = len(ink)
     most = len(labels) - side
     for y, x in rng.randint(0, most + 1, (PLACEMENTS, 2)):
@@ -144,7 +149,7 @@ def _enlarge(
 def _contrasting_colour(
     rng: np.random.RandomState, covered: np.ndarray
 ) -> np.ndarray:
-    """Colour, (3,), brighter than the (n, 3) pixels that it covers."""
+    """Draw a colour, (3,), brighter than the (n, 3) pixels under it."""
     lowest = min(covered.mean() + MIN_CONTRAST, 255)
     target = rng.uniform(lowest, 255)
     tint = rng.uniform(-50, 50, 3)

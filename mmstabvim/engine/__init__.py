@@ -1,31 +1,5 @@
-"""Registered hooks and what the command-line tools share."""
+"""Training: hooks, optimizers, and what surrounds a run.
 
-from mmstabvim.engine.hooks import (
-    ClassificationDataCheckHook,
-    DivergenceHook,
-    EigenvalueClampingHook,
-    ModelForMetricsHook,
-    RandomStateHook,
-    SegmentationDataCheckHook,
-    SpectralNormalizationHook,
-    StabilityLossHook,
-    StabilityMonitorHook,
-    StableRankHook,
-    WeightSpectralNormHook,
-)
-from mmstabvim.engine.optimizers import LayerDecayOptimWrapperConstructor
-
-__all__ = [
-    'ClassificationDataCheckHook',
-    'DivergenceHook',
-    'EigenvalueClampingHook',
-    'LayerDecayOptimWrapperConstructor',
-    'ModelForMetricsHook',
-    'RandomStateHook',
-    'SegmentationDataCheckHook',
-    'SpectralNormalizationHook',
-    'StabilityLossHook',
-    'StabilityMonitorHook',
-    'StableRankHook',
-    'WeightSpectralNormHook',
-]
+Nothing is imported here, so that :mod:`mmstabvim.engine.divergence` can be
+used without the layers that the hooks need.
+"""

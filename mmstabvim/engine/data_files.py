@@ -1,4 +1,4 @@
-"""Datasets and their image files, as the checks before a run see them."""
+"""Datasets and their image files, for the checks before a run."""
 
 import io
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from mmengine import fileio
 from mmengine.fileio import LocalBackend
 from PIL import Image
-from torch import nn
 
 EXIF_ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
@@ -35,10 +34,10 @@ class ImageHeader(NamedTuple):
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
-    """Walk the datasets inside of wrappers that join, repeat or mix.
+    """Walk the datasets inside wrappers that join, repeat or mix.
 
     Args:
-        dataset (Any): Of any toolkit, wrapped or not.
+        dataset (Any): Dataset of any toolkit, wrapped or not.
 
     Yields:
         Any: Datasets that wrap no other one.
@@ -56,11 +55,11 @@ def spaced(dataset: Any, samples: int) -> Iterator[dict]:
     """Walk evenly spaced entries of a dataset.
 
     Args:
-        dataset (Any): With ``get_data_info``.
+        dataset (Any): Dataset with ``get_data_info``.
         samples (int): Number of entries, all if there are fewer.
 
     Yields:
-        dict: Entry, as of ``get_data_info``.
+        dict: Entry, as ``get_data_info`` returns it.
     """
     count = min(samples, len(dataset))
     for number in range(count):
@@ -68,14 +67,14 @@ def spaced(dataset: Any, samples: int) -> Iterator[dict]:
 
 
 def folders(dataset: Any) -> str:
-    """List where a dataset looks for its files, for a message."""
+    """List the folders of a dataset's files, for a message."""
     prefix = getattr(dataset, 'data_prefix', None) or {}
     found = [f'{key}={path!r}' for key, path in prefix.items() if path]
     return ', '.join(found) or 'no folder given'
 
 
 def exists(dataset: Any, path: str | None) -> bool:
-    """Tell whether a file is there; one that is not local passes."""
+    """Tell if a file is there; one that is not local passes."""
     if not path:
         return False
     return not _is_local(dataset, path) or Path(path).is_file()
@@ -90,9 +89,9 @@ def read_header(
 
     Args:
         name (str): Dataset, for the message.
-        dataset (Any): Whose ``backend_args`` tell how files are read.
+        dataset (Any): Its ``backend_args`` choose the file backend.
         info (dict): Entry of the dataset.
-        key (str): Of the file's path in ``info``.
+        key (str): Key of the file's path in ``info``.
 
     Returns:
         ImageHeader | None: None where only the pipeline knows the format.
@@ -119,8 +118,8 @@ def open_image(dataset: Any, path: str) -> Image.Image:
     """Open an image of a dataset without decoding it.
 
     Args:
-        dataset (Any): Whose ``backend_args`` tell how files are read.
-        path (str): Of the image.
+        dataset (Any): Its ``backend_args`` choose the file backend.
+        path (str): Path of the image.
 
     Returns:
         Image: To be closed.
@@ -132,7 +131,7 @@ def open_image(dataset: Any, path: str) -> Image.Image:
 
 
 def _is_local(dataset: Any, path: str) -> bool:
-    """Tell whether a file of a dataset is on a local disk."""
+    """Tell if a file of a dataset is on a local disk."""
     backend = fileio.get_file_backend(
         path,
         backend_args=getattr(dataset, 'backend_args', None),
@@ -144,7 +143,7 @@ def _is_local(dataset: Any, path: str) -> bool:
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Return width and height once the camera's orientation is applied."""
     width, height = image.size
-    # of a PNG, whose Exif may follow the pixels, Pillow would decode them
+    # Exif of a PNG may follow the pixels, which Pillow would decode
     known = image.format != 'PNG' or 'exif' in image.info
     if known and image.getexif().get(EXIF_ORIENTATION) in SIDEWAYS:
         return height, width
@@ -186,19 +185,3 @@ def _load(name: str, dataset: Any, info: dict, path: str) -> None:
         raise ValueError(
             f'{name}: {path} cannot be read as image ({error})'
         ) from error
-
-
-def bare_model(model: Any, part: str) -> Any:
-    """Find the model that has a part, inside of any wrappers.
-
-    Args:
-        model (Any): Wrapped or not.
-        part (str): Attribute of the model sought, such as ``'head'``.
-
-    Returns:
-        Any: That model; the innermost one where none has the part.
-    """
-    inner = getattr(model, 'module', None)
-    if not hasattr(model, part) and isinstance(inner, nn.Module):
-        return bare_model(inner, part)
-    return model

@@ -1,29 +1,36 @@
-"""What ``tools/train.py`` and ``tools/test.py`` share.
+"""From a command line to a config and a runner, as the tools share it.
 
-The tools are thin: they read the command line and change the config. What
-both need is here, because an installed tool can import only from the package.
+The tools are thin: they read the command line and change the config. An
+installed tool can import only from the package, so the rest is here.
 """
 
 import argparse
 import os
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from mmstabvim import compat, registry, stack
-from mmstabvim.engine.config_file import read_config
-from mmstabvim.engine.mistakes import SettingError, UnknownTypeError, run_tool
+from mmstabvim import compat, stack
+from mmstabvim.engine.error_hints import explain_errors
+from mmstabvim.engine.mistakes import SettingError, run_tool
+from mmstabvim.engine.options import (
+    add_cfg_options,
+    add_checkpoint,
+    add_shared_options,
+)
 from mmstabvim.engine.schedule import fit_to_runner
-from mmstabvim.engine.settings_check import check_file_settings, merge_options
-from mmstabvim.engine.values_check import check_values
+from mmstabvim.engine.settings import (
+    check_file_settings,
+    check_values,
+    merge_options,
+    read_config,
+)
+from mmstabvim.engine.training_summary import training_summary
 from mmstabvim.engine.work_dir import check_file, find_checkpoint
 
 __all__ = [
@@ -33,7 +40,7 @@ __all__ = [
     'add_shared_options',
     'build_runner',
     'check_file',
-    'clear_errors',
+    'explain_errors',
     'find_checkpoint',
     'is_segmentation',
     'load_config',
@@ -47,91 +54,12 @@ __all__ = [
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
-# What each launcher tells its processes.
 _LAUNCHED = {
     'pytorch': ('RANK', 'torchrun, as tools/dist_train.sh does'),
     'slurm': ('SLURM_PROCID', 'srun, as tools/slurm_train.sh does'),
     'mpi': ('OMPI_COMM_WORLD_RANK', 'mpirun'),
 }
-
-
-class _OptionAction(DictAction):
-    """``DictAction`` that says what is wrong with ``--cfg-options key``."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        """Refuse a value without ``=``, and brackets that do not match."""
-        for value in values:
-            if '=' not in value:
-                parser.error(
-                    f'{option_string} wants key=value pairs, got {value!r}'
-                )
-        try:
-            super().__call__(parser, namespace, values, option_string)
-        except AssertionError as error:
-            parser.error(f'{option_string}: {error}')
-
-
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that :func:`find_checkpoint` takes.
-
-    Args:
-        parser (argparse.ArgumentParser): Changed in place.
-    """
-    parser.add_argument(
-        'checkpoint',
-        metavar='CHECKPOINT|WORK_DIR',
-        help='path or URL of the checkpoint, or the work dir of a training '
-        'for its newest one',
-    )
-
-
-def add_cfg_options(
-    parser: argparse.ArgumentParser, help_text: str | None = None
-) -> None:
-    """Add ``--cfg-options``; the default is an empty dict.
-
-    Args:
-        parser (argparse.ArgumentParser): Changed in place.
-        help_text (str, optional): Defaults to None, for settings of one
-            config.
-    """
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_OptionAction,
-        default={},
-        metavar='KEY=VALUE',
-        help=help_text
-        or 'change settings of the config, for instance '
-        'optim_wrapper.optimizer.lr=1e-4 or "key=[(a,b),(c,d)]"; one that '
-        'nothing reads is refused',
-    )
-
-
-def add_shared_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that training and testing have in common.
-
-    Args:
-        parser (argparse.ArgumentParser): Changed in place.
-    """
-    parser.add_argument(
-        '--work-dir',
-        help='folder for logs and checkpoints (default: work_dir of the '
-        'config, or work_dirs/ and the name of the config)',
-    )
-    add_cfg_options(parser)
-    parser.add_argument(
-        '--no-pin-memory',
-        action='store_true',
-        help='do not copy batches to pinned memory',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes of a distributed job were started',
-    )
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+"""Variable that each launcher sets for its processes, and its command."""
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -248,7 +176,7 @@ def _set_launcher(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def is_segmentation(cfg: Config) -> bool:
-    """Whether the config is one of MMSegmentation.
+    """Tell if the config is one of MMSegmentation.
 
     Args:
         cfg (Config): Its ``default_scope`` decides.
@@ -260,7 +188,7 @@ def is_segmentation(cfg: Config) -> bool:
 
 
 def type_name(cfg: dict) -> str:
-    """Name of the class that a part of a config asks for.
+    """Return the name of the class that a part of a config asks for.
 
     Args:
         cfg (dict): With ``type``, a name with or without scope or a class.
@@ -276,7 +204,7 @@ def type_name(cfg: dict) -> str:
 def set_loader_defaults(
     cfg: Config, no_pin_memory: bool, no_persistent_workers: bool = False
 ) -> None:
-    """Fill in what the configs leave to the tools, as in MMPretrain.
+    """Fill in the defaults of data loaders, as MMPretrain's tools do.
 
     Args:
         cfg (Config): Changed in place.
@@ -315,121 +243,3 @@ def build_runner(cfg: Config) -> Any:
     runner = Runner.from_cfg(cfg)
     fit_to_runner(runner)
     return runner
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Say more about a misspelt ``type`` and about unreadable data.
-
-    Raises:
-        KeyError: With near names, if a ``type`` is in no registry.
-        ValueError: With the folders searched, if a dataset failed to load.
-    """
-    try:
-        yield
-    except Exception as error:
-        unknown = _unknown_type(error)
-        hint = unknown and registry.suggest_types(unknown)
-        if unknown and (hint or unknown is not error):
-            raise UnknownTypeError(
-                f'{unknown.args[0]} {hint or ""}'
-            ) from error
-        dataset = _dataset_being_loaded(error)
-        if dataset is not None:
-            raise SettingError(_describe_data(dataset, error)) from error
-        raise
-
-
-def _unknown_type(error: Exception) -> KeyError | None:
-    """The error about a ``type``; mmengine has none for an optimizer's."""
-    if isinstance(error, KeyError):
-        return error
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_locals.get('optimizer_cls', error) is None:
-            name = frame.f_locals['self'].optimizer_cfg['type']
-            return KeyError(f'{name} is not in the optimizer registry.')
-    return None
-
-
-def _dataset_being_loaded(error: Exception) -> Any:
-    """Find the dataset whose annotations were being read, or None."""
-    dataset = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == 'full_init':
-            # the innermost one: a wrapper loads what it wraps
-            dataset = frame.f_locals.get('self')
-    return dataset
-
-
-def _describe_data(dataset: Any, error: Exception) -> str:
-    """Name the folders and files of a dataset and what is in them."""
-    prefix = getattr(dataset, 'data_prefix', None) or {}
-    places = {
-        'data_root': getattr(dataset, 'data_root', None),
-        'ann_file': getattr(dataset, 'ann_file', None),
-        **(prefix if isinstance(prefix, dict) else {'data_prefix': prefix}),
-    }
-    lines = [
-        f'{name}={str(path)!r} ({_describe_path(Path(path))})'
-        for name, path in places.items()
-        if path
-    ]
-    return (
-        f'{type(dataset).__name__} found no data that it can use: '
-        f'{", ".join(lines) or "no folder given"}. {error}'
-    )
-
-
-def _describe_path(path: Path) -> str:
-    """Say whether a path is there and what it holds."""
-    if path.is_dir():
-        count = sum(1 for _ in path.iterdir())
-        return f'{count} entries' if count else 'an empty folder'
-    return 'a file' if path.exists() else 'does not exist'
-
-
-def training_summary(runner: Any) -> str:
-    """Tell how a training ended and where its results are.
-
-    Args:
-        runner (Runner): After ``train``.
-
-    Returns:
-        str: Several lines: last metrics, checkpoints, curves.
-    """
-    lines = ['Training is done.']
-    metrics = _last_metrics(runner)
-    if metrics:
-        lines.append(f'{_split_name(runner.cfg)}: {metrics}')
-    try:
-        last = find_checkpoint(runner.work_dir)
-    except FileNotFoundError:
-        last = 'none'
-    lines.append(f'Last checkpoint: {last}')
-    best = runner.message_hub.runtime_info.get('best_ckpt')
-    if best:
-        lines.append(f'Best checkpoint: {best}')
-    curves = Path(runner.log_dir, 'vis_data')
-    if (curves / 'scalars.json').exists():
-        lines.append(f'Curves: {curves / "scalars.json"}')
-    if any(curves.glob('events.out.tfevents*')):
-        lines.append(f'TensorBoard: tensorboard --logdir {runner.work_dir}')
-    return '\n'.join(lines)
-
-
-def _last_metrics(runner: Any) -> str:
-    """List the metrics of the last validation, empty if there was none."""
-    skip = {'val/time', 'val/data_time'}
-    return ', '.join(
-        f'{name.removeprefix("val/")} {buffer.current():.2f}'
-        for name, buffer in runner.message_hub.log_scalars.items()
-        if name.startswith('val/') and name not in skip
-    )
-
-
-def _split_name(cfg: Config) -> str:
-    """Name the images behind the metrics: often the test set itself."""
-    loaders = [cfg.get(name) or {} for name in LOADERS[1:]]
-    if loaders[0].get('dataset') == loaders[1].get('dataset'):
-        return 'Test set'
-    return 'Validation set'

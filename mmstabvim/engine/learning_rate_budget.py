@@ -1,4 +1,4 @@
-"""How far a training can move a parameter, before it starts."""
+"""Distance by which a training can move a parameter, before it starts."""
 
 import copy
 import logging
@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 MOST = 3.2
-"""Times the sum of the learning rates that Adam can move a parameter by,
-with its usual betas; about once is usual."""
+"""Largest move of a parameter by Adam with its usual betas, over the sum of
+the learning rates; about 1 is usual."""
 
 
 def adam_budget(runner: Runner, parameters: Iterable[Tensor]) -> float | None:
@@ -25,7 +25,7 @@ def adam_budget(runner: Runner, parameters: Iterable[Tensor]) -> float | None:
 
     Args:
         runner (Runner): About to train, with optimizer and schedules.
-        parameters (Iterable[Tensor]): Of one group of the optimizer.
+        parameters (Iterable[Tensor]): Parameters of one optimizer group.
 
     Returns:
         float | None: The sum; None for other optimizers, and where it cannot
@@ -79,12 +79,12 @@ def _sum(
 def say_if_out_of_reach(
     runner: Runner, what: str, matrices: Mapping[str, Any], real: float
 ) -> None:
-    """Say whether training can bring an eigenvalue to a border.
+    """Log if training can bring an eigenvalue to a border.
 
     Args:
         runner (Runner): About to train.
-        what (str): Who acts beyond the border.
-        matrices (Mapping[str, StateMatrix]): By name.
+        what (str): Name of the hook that acts beyond the border.
+        matrices (Mapping[str, StateMatrix]): State matrices, by name.
         real (float): Real part of the border, 1/step.
     """
     distances = {n: m.distance_to(real) for n, m in matrices.items()}

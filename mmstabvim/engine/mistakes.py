@@ -23,7 +23,7 @@ class UnknownTypeError(Mistake, KeyError):
 
 
 def run_tool(main: Callable[[], Any]) -> int:
-    """Run a tool; say of a mistake what is wrong, without a traceback.
+    """Run a tool; print a mistake in one line, without a traceback.
 
     Args:
         main (Callable): The tool, which reads the command line itself.

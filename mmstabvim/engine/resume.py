@@ -50,7 +50,7 @@ def check_resumable(path: str) -> None:
 
 
 def explain_resume(runner: Any) -> None:
-    """Make a runner say which file does not go on with its training.
+    """Make a runner name a checkpoint of another training.
 
     Files of a folder that was copied or moved are taken from the folder.
 
@@ -63,7 +63,7 @@ def explain_resume(runner: Any) -> None:
 def _resume(
     runner: Any, resume: Callable, filename: str, *args: Any, **kwargs: Any
 ) -> None:
-    """Resume; an optimizer of another training is the user's mistake."""
+    """Resume; a checkpoint of another training is the user's mistake."""
     try:
         resume(filename, *args, **kwargs)
     except (AttributeError, KeyError, RuntimeError, ValueError) as error:

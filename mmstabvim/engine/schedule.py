@@ -26,8 +26,8 @@ def fit_schedule(schedulers: Any, max_iters: int, epoch_length: int) -> Any:
         epoch_length (int): Iterations of an epoch.
 
     Returns:
-        list[dict] | dict: What was given if all of it acts, else another,
-        counted in iterations.
+        list[dict] | dict: The given schedulers if all of them act, else
+        others, counted in iterations.
 
     Raises:
         ValueError: If a scheduler that must be moved counts steps in another

@@ -1,10 +1,11 @@
-"""Whether the backbone, the neck and the heads of a segmentor agree."""
+"""Check that backbone, neck and heads of a segmentor fit."""
 
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from mmstabvim.engine.runner_access import model_with
 from mmstabvim.registry import MODELS
 
 
@@ -23,10 +24,7 @@ def check_segmentor(model: nn.Module) -> None:
         ValueError: If ``out_type``, ``out_indices``, ``stride``,
             ``in_channels`` or ``in_index`` does not match.
     """
-    inner = getattr(model, 'module', None)
-    if not hasattr(model, 'backbone') and isinstance(inner, nn.Module):
-        check_segmentor(inner)
-        return
+    model = model_with(model, 'backbone')
     backbone: Any = getattr(model, 'backbone', None)
     neck: Any = getattr(model, 'neck', None)
     heads = list(_heads(model))
@@ -50,12 +48,13 @@ def check_segmentor(model: nn.Module) -> None:
 
 
 def _is(module: Any, name: str) -> bool:
-    """Whether it is of a registered class: hooks do not import models."""
-    return isinstance(module, MODELS.get(name))
+    """Tell a module of a registered class: hooks do not import models."""
+    kind = MODELS.get(name)
+    return kind is not None and isinstance(module, kind)
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Heads that read maps by index, with their names."""
+    """Yield the heads that read maps by index, with their names."""
     for name in ('decode_head', 'auxiliary_head'):
         head: Any = getattr(model, name, None)
         parts = head if isinstance(head, nn.ModuleList) else [head]

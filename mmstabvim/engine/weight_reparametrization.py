@@ -1,13 +1,9 @@
-"""Parametrized weights in optimizers, averages, wrappers and checkpoints."""
+"""Parametrized weights in optimizers and checkpoints."""
 
-import gc
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mmstabvim.stability.weights.parametrizations import (
@@ -32,7 +28,7 @@ def train_with(
     layout. Where the weight is not trained the gain is not either.
 
     Args:
-        optimizers (Iterable[Optimizer]): Those of the runner.
+        optimizers (Iterable[Optimizer]): Optimizers of the runner.
         weight (Tensor): Parameter of the model.
         gain (nn.Parameter): New parameter.
     """
@@ -43,41 +39,6 @@ def train_with(
                 group['params'].append(gain)
                 return
     gain.requires_grad_(False)
-
-
-def wrap_again(runner: Runner, model: nn.Module) -> None:
-    """Tell the wrapper for distributed training of new parameters.
-
-    Args:
-        runner (Runner): In training; its model is replaced if it is wrapped.
-        model (nn.Module): Without the wrapper.
-
-    Raises:
-        RuntimeError: If the wrapper is not PyTorch's for data parallelism.
-    """
-    if not is_model_wrapper(runner.model):
-        return
-    if not isinstance(runner.model, DistributedDataParallel):
-        raise RuntimeError(
-            "rule='learned' wants DistributedDataParallel, got a "
-            f'{type(runner.model).__name__}'
-        )
-    runner.model = model
-    # the old wrapper would go on to wait for its parameters
-    gc.collect()
-    runner.model = runner.wrap_model(
-        runner.cfg.get('model_wrapper_cfg'), model
-    )
-
-
-def refresh_average(average: Any) -> None:
-    """Tell mmengine's averaged model of the new names of its parameters."""
-    average.module.requires_grad_(False)
-    average.avg_parameters = (
-        average.module.state_dict()
-        if average.update_buffers
-        else dict(average.module.named_parameters())
-    )
 
 
 def separate(
@@ -111,11 +72,11 @@ def join(
 
 
 def live_and_average(raw: RawStates, averaging: bool) -> list[dict[str, Any]]:
-    """Free parameters of the model and of its average.
+    """Return the free parameters of the model and of its average.
 
     Args:
-        raw (RawStates): From a checkpoint.
-        averaging (bool): Whether the run has an ``EMAHook``, which saves
+        raw (RawStates): Entry of a checkpoint.
+        averaging (bool): True for a run with an ``EMAHook``, which saves
             averages as the model's state, and the model as the average's.
 
     Returns:

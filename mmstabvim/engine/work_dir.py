@@ -14,7 +14,7 @@ def check_file(path: str, what: str) -> None:
 
     Args:
         path (str): A local path; a URL is not checked.
-        what (str): What the file is, for the message.
+        what (str): Kind of file, for the message.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -75,7 +75,7 @@ def _number(path: Path) -> int | None:
 
 
 def _describe_missing(folder: Path, noted: Path | None) -> str:
-    """Tell why a folder has no newest checkpoint."""
+    """Explain why a folder has no newest checkpoint."""
     if noted is not None:
         return f'{folder}: its last checkpoint, {noted.name}, is gone'
     others = sorted(path.name for path in folder.glob('*.pth'))

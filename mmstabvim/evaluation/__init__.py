@@ -1,19 +1,18 @@
-"""Registered metrics, and the sweep of disturbances around a model."""
+"""Registered metrics, and the sweep of corruptions around a model."""
 
 from mmstabvim.evaluation.robustness_metric import RobustnessMetric
 from mmstabvim.evaluation.robustness_wrapper import RobustnessWrapper
 from mmstabvim.evaluation.sensitivity_metric import SensitivityMetric
-from mmstabvim.registry import METRICS, register_of_mmseg
-
-_OF_MMSEG = {
-    'ClassIoUMetric': ('mmstabvim.evaluation.class_iou_metric', METRICS),
-}
+from mmstabvim.registry import METRICS, defer_to_mmseg
 
 __all__ = [
+    'ClassIoUMetric',
     'RobustnessMetric',
     'RobustnessWrapper',
     'SensitivityMetric',
-    *sorted(_OF_MMSEG),
 ]
 
-__getattr__ = register_of_mmseg(__name__, _OF_MMSEG)
+__getattr__ = defer_to_mmseg(
+    __name__,
+    {METRICS: {'ClassIoUMetric': 'mmstabvim.evaluation.class_iou_metric'}},
+)

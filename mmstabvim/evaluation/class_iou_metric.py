@@ -2,7 +2,10 @@
 
 from mmseg.evaluation import IoUMetric
 
+from mmstabvim.registry import METRICS
 
+
+@METRICS.register_module()
 class ClassIoUMetric(IoUMetric):
     """MMSegmentation's ``IoUMetric`` that also returns each class's value.
 

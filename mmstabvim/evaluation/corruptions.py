@@ -1,6 +1,6 @@
-"""Ways to disturb an image, all with the same energy.
+"""Image corruptions, all with the same energy.
 
-The size of a disturbance is its root mean square over pixels and channels,
+The size of a corruption is its root mean square over pixels and channels,
 either relative to the contrast of the image or absolute, as a share of the
 range of pixel values. Images come as the network's data preprocessor takes
 them, before normalization, and are not clipped unless asked for, as
@@ -32,14 +32,14 @@ _FULL = cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large a disturbance is.
+    """Size of a corruption.
 
     Attributes:
-        amplitude (float): Root mean square of the disturbance.
+        amplitude (float): Root mean square of the corruption.
         relative (bool): Relative to the contrast of each image; otherwise to
             the range of pixel values.
         value_range (float): Largest pixel value, the smallest being 0.
-        clip (bool): Keep the disturbed image within the range.
+        clip (bool): Keep the corrupted image within the range.
     """
 
     amplitude: float = 0.1
@@ -55,36 +55,36 @@ class Size:
                 raise ValueError(f'{name} must be positive, got {value}')
 
     def of(self, image: Tensor) -> Tensor:
-        """Root mean square to add to an image (channels, height, width)."""
+        """Return the root mean square for one image (channels, ...)."""
         unit = rms_contrast(image) if self.relative else self.value_range
         return torch.as_tensor(self.amplitude * unit, device=image.device)
 
 
-class Disturbance(ABC):
-    """Something that changes an image.
+class Corruption(ABC):
+    """Base class of the image corruptions.
 
     Args:
-        size (Size): How much.
-        name (str): In tables.
+        size (Size): Size of the corruption.
+        name (str): Name in tables.
     """
 
     def __init__(self, size: Size, name: str) -> None:
         self.size, self.name = size, name
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as the first columns of a table."""
+        """Return kind, frequency and phase, the first columns of a table."""
         return dict(kind=self.name, frequency=None, phase=None)
 
     def __call__(self, image: Tensor, grid: Grid) -> Tensor:
-        """Disturb an image.
+        """Corrupt an image.
 
         Args:
             image (Tensor): (channels, height, width), floating, not
                 normalized.
-            grid (Grid): Of the network's input.
+            grid (Grid): Grid of the network's input.
 
         Returns:
-            Tensor: As ``image``, a new one.
+            Tensor: New image of the same shape, dtype and device.
         """
         changed = self.change(image, grid)
         if self.size.clip:
@@ -93,22 +93,30 @@ class Disturbance(ABC):
 
     @abstractmethod
     def change(self, image: Tensor, grid: Grid) -> Tensor:
-        """Disturb without clipping."""
+        """Corrupt an image without clipping it."""
 
 
-class FourierNoise(Disturbance):
+class FourierNoise(Corruption):
     """One Fourier mode, the same for all colours.
 
     Args:
-        size (Size): How much; in the level ``'embed'`` relative to the
-            spread of the tokens, or absolute as it is.
+        size (Size): Size of the mode; in the level ``'embed'`` relative to
+            the spread of the tokens, or absolute in their units.
         frequency (Frequency): Cycles per token, or per column and row.
         phase (float): Radians. Defaults to 0.0.
         level (str): ``'token'``: constant within each patch; ``'pixel'``:
             the raster counts pixels; ``'embed'``: added to the tokens after
             the patch embedding, along one direction. Defaults to
             ``'token'``.
-        seed (int): Of that direction. Defaults to 0.
+        seed (int): Seed of that direction. Defaults to 0.
+
+    Example:
+        >>> import torch
+        >>> from mmstabvim.evaluation.corruptions import FourierNoise, Size
+        >>> from mmstabvim.evaluation.fourier_modes import Grid
+        >>> noise = FourierNoise(Size(1.0, relative=False, value_range=1), 0.5)
+        >>> noise(torch.zeros(1, 1, 4), Grid(1, 4))
+        tensor([[[ 1., -1.,  1., -1.]]])
     """
 
     def __init__(
@@ -125,7 +133,7 @@ class FourierNoise(Disturbance):
         self.level, self.seed = level, seed
 
     def describe(self) -> dict[str, Any]:
-        """Kind, frequency and phase."""
+        """Return kind, frequency and phase."""
         return dict(kind=self.name, frequency=self.frequency, phase=self.phase)
 
     def change(self, image: Tensor, grid: Grid) -> Tensor:
@@ -162,18 +170,18 @@ class FourierNoise(Disturbance):
         return (wide + noise).to(tokens.dtype), amplitude / spread
 
     def _direction(self, channels: int) -> Tensor:
-        """A fixed random unit vector."""
+        """Draw a random unit vector, the same for each seed."""
         generator = torch.Generator().manual_seed(self.seed)
         vector = torch.randn(channels, generator=generator)
         return vector / vector.norm()
 
 
-class GaussianNoise(Disturbance):
+class GaussianNoise(Corruption):
     """White noise, independent for all pixels and colours.
 
     Args:
-        size (Size): How much, on average over images.
-        seed (int): The images that are disturbed one after the other get
+        size (Size): Size of the noise, on average over images.
+        seed (int): Seed of the noise. Images that follow one another get
             different noise, the same in each run. Defaults to 0.
     """
 
@@ -187,12 +195,12 @@ class GaussianNoise(Disturbance):
         return image + self.size.of(image) * noise.to(image)
 
 
-class Brightness(Disturbance):
-    """Every pixel brighter, or darker; brighter is the mode of frequency 0.
+class Brightness(Corruption):
+    """Constant added to every pixel, which is the mode of frequency 0.
 
     Args:
-        size (Size): How much.
-        darker (bool): Defaults to False.
+        size (Size): Size of the constant.
+        darker (bool): Subtract it instead. Defaults to False.
     """
 
     def __init__(self, size: Size, darker: bool = False) -> None:
@@ -204,14 +212,14 @@ class Brightness(Disturbance):
         return image + self._sign * self.size.of(image)
 
 
-class Jpeg(Disturbance):
-    """JPEG compression; images are taken for BGR, as OpenCV's.
+class Jpeg(Corruption):
+    """JPEG compression of images in OpenCV's order of channels, BGR.
 
     Args:
-        size (Size): How much, at most: of each image the lowest quality is
-            taken whose error is not larger, with colours at full resolution.
-            Where the best one is not good enough, it is taken.
-        quality (int, optional): The same for all images instead, 1 to 100,
+        size (Size): Largest error. For each image the lowest quality is taken
+            whose error is not larger, with colours at full resolution. Where
+            the best quality is not good enough, it is taken.
+        quality (int, optional): One quality for all images instead, 1 to 100,
             with colours at half the resolution as usual. Defaults to None.
     """
 
@@ -241,7 +249,7 @@ class Jpeg(Disturbance):
 def _compress(
     pixels: np.ndarray, quality: int, sampling: int = _HALF
 ) -> Tensor:
-    """What (height, width, channels) becomes, as (channels, height, width)."""
+    """Compress and expand (height, width, channels); channels come first."""
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
     options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
     _, code = cv2.imencode('.jpg', pixels, options)
@@ -266,26 +274,35 @@ def _compress_within(
 
 
 CORRUPTIONS = ('gaussian', 'brighter', 'darker', 'jpeg')
-"""Names of what Fourier modes are compared with."""
+"""Names of the corruptions that Fourier modes are compared with."""
 
 
 def make_corruption(
     name: str, size: Size, seed: int = 0, **options: Any
-) -> Disturbance:
+) -> Corruption:
     """Build a corruption by its name.
 
     Args:
         name (str): One of ``CORRUPTIONS``.
-        size (Size): How much.
-        seed (int): Of random noise. Defaults to 0.
-        options (Any): ``quality`` of ``'jpeg'``.
+        size (Size): Size of the corruption.
+        seed (int): Seed of random noise. Defaults to 0.
+        options (Any): Further arguments of its class: ``quality`` of
+            ``'jpeg'``.
 
     Returns:
-        Disturbance: The corruption.
+        Corruption: The corruption.
 
     Raises:
-        TypeError: If it does not know an option.
+        TypeError: If the class does not know an option.
         ValueError: If the name is unknown.
+
+    Example:
+        >>> import torch
+        >>> from mmstabvim.evaluation.corruptions import Size, make_corruption
+        >>> from mmstabvim.evaluation.fourier_modes import Grid
+        >>> brighter = make_corruption('brighter', Size(0.1, relative=False))
+        >>> brighter(torch.zeros(1, 1, 2), Grid(1, 2))
+        tensor([[[25.5000, 25.5000]]])
     """
     check_choice('corruption', name, CORRUPTIONS)
     if name == 'gaussian':

@@ -1,9 +1,9 @@
-"""Fourier modes: what a sequence model hears of a periodic pattern.
+"""Fourier modes: periodic patterns along the sequence of patches.
 
 A mode of frequency f (cycles per token) and phase p has the value
 ``cos(2 pi f t + p)`` at place t of the sequence; on an image t counts the
 patches row by row. Such noise singles out the frequencies to which a
-state-space layer answers loudly (arXiv:2310.01698).
+state-space layer responds strongly (arXiv:2310.01698).
 """
 
 import math
@@ -20,12 +20,12 @@ _SILENT = 1e-6
 
 
 class Grid(NamedTuple):
-    """Cells of an image whose values a mode does not vary within.
+    """Grid of cells in an image; a mode is constant within a cell.
 
     Attributes:
-        rows (int): Cells below one another.
-        columns (int): Cells beside one another.
-        cell (tuple[int, int]): Height and width of one, pixels.
+        rows (int): Number of rows of cells.
+        columns (int): Number of columns of cells.
+        cell (tuple[int, int]): Height and width of a cell, pixels.
     """
 
     rows: int
@@ -39,10 +39,10 @@ class Grid(NamedTuple):
 
 
 def mode_frequencies(length: int, count: int | None = None) -> list[float]:
-    """Frequencies ``k / length`` from 0 to one half.
+    """List the frequencies ``k / length`` from 0 to one half.
 
     Args:
-        length (int): Places in the sequence.
+        length (int): Length of the sequence.
         count (int, optional): Take about so many of them, evenly spaced, the
             first and the last one included. Defaults to None, for all.
 
@@ -51,6 +51,11 @@ def mode_frequencies(length: int, count: int | None = None) -> list[float]:
 
     Raises:
         ValueError: If ``length`` or ``count`` is not positive.
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import mode_frequencies
+        >>> mode_frequencies(8)
+        [0.0, 0.125, 0.25, 0.375, 0.5]
     """
     for name, value in (('length', length), ('count', count)):
         if value is not None and value < 1:
@@ -64,24 +69,29 @@ def mode_frequencies(length: int, count: int | None = None) -> list[float]:
 
 
 def plane_wave(frequency: float, columns: int) -> tuple[float, float]:
-    """Frequencies of the plane wave that a mode is on a grid.
+    """Return the frequencies of the plane wave that a mode is on a grid.
 
     At the cell in row i and column j a mode of the sequence is
     ``cos(2 pi (x j + y i) + p)``, exactly.
 
     Args:
         frequency (float): Cycles per token.
-        columns (int): Of the grid.
+        columns (int): Columns of the grid.
 
     Returns:
         tuple[float, float]: x in cycles per column, y in cycles per row, the
         latter in [0, 1).
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import plane_wave
+        >>> plane_wave(0.25, columns=14)  # 3.5 periods in a row
+        (0.25, 0.5)
     """
     return frequency, frequency * columns % 1.0
 
 
 def token_frequency(omega: float, delta: float) -> float:
-    """Mode that meets a peak of a continuous-time state matrix.
+    """Return the frequency of the mode at a peak of a state matrix.
 
     Args:
         omega (float): Imaginary part of an eigenvalue, radians per unit of
@@ -90,6 +100,11 @@ def token_frequency(omega: float, delta: float) -> float:
 
     Returns:
         float: Cycles per token, 0 to 1/2; faster ones look like these.
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import token_frequency
+        >>> round(token_frequency(omega=100.0, delta=0.01), 4)
+        0.1592
     """
     turns = abs(delta * omega) / (2 * math.pi) % 1.0
     return min(turns, 1.0 - turns)
@@ -104,7 +119,7 @@ def fourier_mode(
     """Make a mode as an image of root mean square 1.
 
     Args:
-        grid (Grid): Of the network's input.
+        grid (Grid): Grid of the network's input.
         frequency (Frequency): A number counts along the raster, a pair is a
             plane wave (cycles per column, cycles per row).
         phase (float): Radians. Defaults to 0.0.
@@ -119,10 +134,15 @@ def fourier_mode(
     Raises:
         ValueError: If the mode is zero everywhere, as a sine of frequency 0
             or 1/2 is.
+
+    Example:
+        >>> from mmstabvim.evaluation.fourier_modes import Grid, fourier_mode
+        >>> fourier_mode(Grid(rows=1, columns=4), frequency=0.5)
+        tensor([[ 1., -1.,  1., -1.]], dtype=torch.float64)
     """
     height, width = size or (grid.rows, grid.columns)
     tall, wide = grid.cell if size else (1, 1)
-    # what is beyond the last patch belongs to it
+    # pixels beyond the last patch belong to it
     i = (torch.arange(height) // tall).clamp(max=grid.rows - 1)[:, None]
     j = (torch.arange(width) // wide).clamp(max=grid.columns - 1)
     turns = _turns(i.double(), j.double(), grid.columns, frequency)
@@ -137,7 +157,7 @@ def fourier_mode(
 
 
 def _turns(i: Tensor, j: Tensor, columns: int, frequency: Frequency) -> Tensor:
-    """Whole turns do not matter, and cost digits."""
+    """Compute phases in turns, modulo 1: whole turns would cost digits."""
     if isinstance(frequency, tuple):
         across, down = frequency
         return (across * j) % 1.0 + (down * i) % 1.0
@@ -145,11 +165,11 @@ def _turns(i: Tensor, j: Tensor, columns: int, frequency: Frequency) -> Tensor:
 
 
 def is_silent(grid: Grid, frequency: Frequency, phase: float) -> bool:
-    """Whether a mode is zero everywhere.
+    """Tell if a mode is zero everywhere.
 
     Args:
-        grid (Grid): Of the network's input.
-        frequency (Frequency): As of :func:`fourier_mode`.
+        grid (Grid): Grid of the network's input.
+        frequency (Frequency): See :func:`fourier_mode`.
         phase (float): Radians.
 
     Returns:
@@ -163,7 +183,7 @@ def is_silent(grid: Grid, frequency: Frequency, phase: float) -> bool:
 
 
 def rms_contrast(image: Tensor) -> Tensor:
-    """Root mean square contrast: how far pixels are from their mean.
+    """Root mean square contrast, the distance of pixels from their mean.
 
     Args:
         image (Tensor): (..., channels, height, width); the mean of each
@@ -171,6 +191,12 @@ def rms_contrast(image: Tensor) -> Tensor:
 
     Returns:
         Tensor: (...,), float32 or wider, in units of the image.
+
+    Example:
+        >>> import torch
+        >>> from mmstabvim.evaluation.fourier_modes import rms_contrast
+        >>> rms_contrast(torch.tensor([[[0.0, 2.0]]]))
+        tensor(1.)
     """
     wide = image.to(torch.promote_types(image.dtype, torch.float32))
     return wide.var(dim=(-2, -1), correction=0).mean(-1).sqrt()

@@ -1,4 +1,4 @@
-"""What a model says of one image, and how two such answers differ."""
+"""Predictions of a model for one image, and their comparison."""
 
 from typing import Any, NamedTuple
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """Of one image, by a classifier or a segmentor.
+    """Prediction of a classifier or a segmentor for one image.
 
     Attributes:
         logits (Tensor): (classes,) or (classes, height, width).
-        labels (Tensor): () or (height, width), predicted class.
+        labels (Tensor): () or (height, width), predicted classes.
     """
 
     logits: Tensor
@@ -28,7 +28,7 @@ def classifier_predictions(logits: Any) -> list[Prediction]:
         list[Prediction]: One per image.
 
     Raises:
-        TypeError: If it is something else.
+        TypeError: If ``logits`` are none.
     """
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = getattr(logits, 'shape', type(logits).__name__)
@@ -40,7 +40,7 @@ def classifier_predictions(logits: Any) -> list[Prediction]:
 
 
 def segmentor_prediction(sample: Any) -> Prediction:
-    """Read what a segmentor put into a sample.
+    """Read the prediction of a segmentor from a sample.
 
     Args:
         sample (SegDataSample): After ``predict``.
@@ -53,10 +53,10 @@ def segmentor_prediction(sample: Any) -> Prediction:
 
 
 def truth_of(sample: Any) -> Tensor:
-    """Annotation of a sample.
+    """Return the annotation of a sample.
 
     Args:
-        sample (DataSample | SegDataSample): From the dataset.
+        sample (DataSample | SegDataSample): Sample of the dataset.
 
     Returns:
         Tensor: () or (height, width).
@@ -76,15 +76,15 @@ def truth_of(sample: Any) -> Tensor:
 
 
 def difference(clean: Prediction, other: Prediction) -> dict[str, float]:
-    """How far an answer is from that to the clean image.
+    """Measure the distance of a prediction from the clean image's.
 
     Args:
-        clean (Prediction): To the clean image.
-        other (Prediction): To a disturbed one.
+        clean (Prediction): Prediction for the clean image.
+        other (Prediction): Prediction for a corrupted one.
 
     Returns:
-        dict[str, float]: ``flips``, 0 or 1, of a segmentor the share of
-        pixels; ``shift``, Euclidean distance of the logits, of a segmentor
+        dict[str, float]: ``flips``, 0 or 1, for a segmentor the share of
+        pixels; ``shift``, Euclidean distance of the logits, for a segmentor
         the mean over pixels.
     """
     flips = (clean.labels != other.labels).double().mean()
@@ -95,16 +95,16 @@ def difference(clean: Prediction, other: Prediction) -> dict[str, float]:
 def score(
     answer: Prediction, truth: Tensor, ignore_index: int
 ) -> dict[str, Any]:
-    """Compare an answer with the annotation.
+    """Compare a prediction with the annotation.
 
     Args:
-        answer (Prediction): To the clean or a disturbed image.
-        truth (Tensor): As of :func:`truth_of`.
+        answer (Prediction): Prediction for the clean or a corrupted image.
+        truth (Tensor): Annotation, see :func:`truth_of`.
         ignore_index (int): Pixels with this label do not count.
 
     Returns:
         dict[str, Any]: ``correct`` and ``counted`` pixels (or images) and,
-        of a segmentor, the areas ``intersect`` and ``union`` of each class,
+        for a segmentor, the areas ``intersect`` and ``union`` of each class,
         (classes,) in pixels.
     """
     truth = truth.to(answer.labels.device)

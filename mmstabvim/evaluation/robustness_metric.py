@@ -1,4 +1,4 @@
-"""Accuracy, flips and shifts for each disturbance of a sweep."""
+"""Accuracy, flips and shifts for each corruption of a sweep."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ _SUMS = ('flips', 'shift', 'correct', 'counted', 'intersect', 'union')
 
 @METRICS.register_module()
 class RobustnessMetric(BaseMetric):
-    """Condense what ``mmstabvim.RobustnessWrapper`` found.
+    """Condense the results of ``mmstabvim.RobustnessWrapper``.
 
     A metric alone sees the predictions of one pass; so the wrapper makes the
     passes, and this metric reads its field ``robustness`` of each sample.
@@ -25,11 +25,12 @@ class RobustnessMetric(BaseMetric):
     twice.
 
     After an evaluation the attribute ``rows`` has one line for each
-    disturbance, see :meth:`make_rows`.
+    corruption, see :meth:`make_rows`.
 
     Args:
-        collect_device (str): As of ``BaseMetric``. Defaults to ``'cpu'``.
-        prefix (str, optional): Of the names. Defaults to None, for
+        collect_device (str): Argument of ``BaseMetric``. Defaults to
+            ``'cpu'``.
+        prefix (str, optional): Prefix of the names. Defaults to None, for
             ``'robustness'``.
     """
 
@@ -78,7 +79,7 @@ class RobustnessMetric(BaseMetric):
 
     @staticmethod
     def make_rows(total: dict[str, Any]) -> Rows:
-        """One line for the clean images and for each disturbance.
+        """Make a row for the clean images and one for each corruption.
 
         Args:
             total (dict): Sums over images.
@@ -114,7 +115,7 @@ class RobustnessMetric(BaseMetric):
 
 
 def _totals(record: dict[str, Any]) -> dict[str, Any]:
-    """What is summed over images."""
+    """Return the quantities that are summed over images."""
     relative = record['relative_rms']
     # a plain image has no contrast to compare with
     known = np.isfinite(relative)
@@ -129,13 +130,13 @@ def _totals(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _add(totals: list[dict], new: dict[str, Any]) -> dict[str, Any]:
-    """Sum of at most one total and another."""
+    """Add the sums of an image to the total, if there is one."""
     if not totals:
         return new
     (old,) = totals
     if old['modes'] != new['modes']:
         raise ValueError(
-            'all samples must have the same disturbances, got '
+            'all samples must have the same corruptions, got '
             f'{len(old["modes"])} and {len(new["modes"])}'
         )
     sums = {k: old[k] + new[k] for k in old if k != 'modes'}
@@ -143,6 +144,6 @@ def _add(totals: list[dict], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean_iou(intersect: np.ndarray, union: np.ndarray) -> float:
-    """Over the classes that are in the masks or predicted, percent."""
+    """Average over the classes in the masks or predictions, percent."""
     there = union > 0
     return float(100 * (intersect[there] / union[there]).mean())

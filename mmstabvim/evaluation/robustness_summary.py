@@ -7,14 +7,14 @@ import numpy as np
 Rows = list[dict[str, Any]]
 
 SCORES = ('top1', 'mIoU')
-"""Of classifiers and of segmentors, percent, higher is better."""
+"""Scores of classifiers and segmentors, percent; higher is better."""
 
 
 def score_name(rows: Rows) -> str:
-    """Which score the rows have.
+    """Find the score that the rows have.
 
     Args:
-        rows (Rows): Of ``RobustnessMetric``.
+        rows (Rows): Rows of ``RobustnessMetric``.
 
     Returns:
         str: One of ``SCORES``.
@@ -23,10 +23,10 @@ def score_name(rows: Rows) -> str:
 
 
 def by_frequency(rows: Rows) -> Rows:
-    """Mean over the phases of each frequency.
+    """Average over the phases of each frequency.
 
     Args:
-        rows (Rows): Of ``RobustnessMetric``.
+        rows (Rows): Rows of ``RobustnessMetric``.
 
     Returns:
         Rows: Fourier modes only, in the order of the sweep, ``frequency``
@@ -51,11 +51,11 @@ def by_frequency(rows: Rows) -> Rows:
 
 
 def summarize(rows: Rows, score: str) -> dict[str, float]:
-    """Few numbers that say how robust a model is.
+    """Condense rows to a few numbers of robustness.
 
     Args:
-        rows (Rows): Of ``RobustnessMetric``.
-        score (str): Of ``SCORES``.
+        rows (Rows): Rows of ``RobustnessMetric``.
+        score (str): One of ``SCORES``.
 
     Returns:
         dict[str, float]: The clean score (``'clean_top1'``); of score, flip

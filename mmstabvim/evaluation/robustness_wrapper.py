@@ -1,4 +1,4 @@
-"""A model at test time, with a sweep of disturbances around it."""
+"""Wrapper that tests a model with a sweep of corruptions."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmstabvim.evaluation.corruptions import (
     CORRUPTIONS,
     LEVELS,
-    Disturbance,
+    Corruption,
     FourierNoise,
     Size,
     make_corruption,
@@ -33,6 +33,7 @@ from mmstabvim.evaluation.predictions import (
     segmentor_prediction,
     truth_of,
 )
+from mmstabvim.hook_handles import HookHandles
 from mmstabvim.registry import MODELS
 from mmstabvim.stability.inputs import check_choice
 
@@ -44,13 +45,13 @@ CLEAN = dict(kind='clean', frequency=None, phase=None)
 
 @MODELS.register_module()
 class RobustnessWrapper(BaseTTAModel):
-    """Test a model on each image as it is, and with every disturbance.
+    """Test a model on each image, clean and with every corruption.
 
     It stands around a classifier of MMPretrain or a segmentor of
     MMSegmentation as the wrappers for test-time augmentation do, and loads
-    the checkpoint of the model inside. What it returns are the predictions
-    for the clean images, so other metrics are not affected; beside them is
-    what ``mmstabvim.RobustnessMetric`` reads.
+    the checkpoint of the model inside. It returns the predictions for the
+    clean images, so other metrics are not affected; beside them it puts the
+    field that ``mmstabvim.RobustnessMetric`` reads.
 
     Fourier modes of all frequencies and phases are swept. Other corruptions
     of the same energy serve as comparison.
@@ -65,26 +66,26 @@ class RobustnessWrapper(BaseTTAModel):
         phases (int | Sequence[float]): In radians; a number draws so many
             for each frequency. Modes that are zero everywhere are left out.
             Defaults to cosine and sine, 0 and pi/2.
-        level (str): Where modes act: ``'token'``, constant within each
+        level (str): Level of the modes: ``'token'``, constant within each
             patch; ``'pixel'``, along the raster of pixels; ``'embed'``, on
             the embedded patches. Defaults to ``'token'``.
-        amplitude (float): Root mean square of the disturbance, relative to
+        amplitude (float): Root mean square of a corruption, relative to
             the contrast of each image. Defaults to 0.1.
         relative (bool): Set False for an amplitude that is a share of
             ``value_range``. Defaults to True.
         clip (bool): Keep pixels within 0 and ``value_range``. Defaults to
             False, as clipping adds harmonics.
-        value_range (float): Of pixels before normalization. Defaults to
-            255.0.
+        value_range (float): Largest pixel value before normalization.
+            Defaults to 255.0.
         corruptions (Sequence[str | dict]): Names of ``CORRUPTIONS``, or dicts
             with ``type`` and options. Defaults to all.
         patch_size (int, optional): Side of a patch, for a backbone without
             ``patch_embed.projection``. Defaults to None.
         ignore_index (int): Label of pixels that do not count. Defaults to
             255.
-        seed (int): Of random phases, noise and direction. Defaults to 0.
-        data_preprocessor (dict | nn.Module, optional): Of the model, where
-            it is a setting beside it. Defaults to None.
+        seed (int): Seed of phases, noise and direction. Defaults to 0.
+        data_preprocessor (dict | nn.Module, optional): Preprocessor of the
+            model, where it is a setting beside it. Defaults to None.
 
     Raises:
         ValueError: If an argument is out of range, the patches cannot be
@@ -120,12 +121,12 @@ class RobustnessWrapper(BaseTTAModel):
             make_corruption(size=size, seed=seed, **_as_options(corruption))
             for corruption in corruptions
         ]
-        self.sweep: list[Disturbance] | None = None
+        self.sweep: list[Corruption] | None = None
         self.on_pass: Callable[[int, int], None] | None = None
         self._check_windows()
 
     def _windows(self) -> Sequence[int] | None:
-        """Height and width of the windows that a segmentor slides."""
+        """Return height and width of the windows that a segmentor slides."""
         test_cfg = getattr(self.module, 'test_cfg', None)
         if not isinstance(test_cfg, dict) or test_cfg.get('mode') != 'slide':
             return None
@@ -140,16 +141,16 @@ class RobustnessWrapper(BaseTTAModel):
             )
 
     def merge_preds(self, data_samples_list: Any) -> Any:
-        """Not used: nothing is merged."""
+        """Refuse: nothing is merged."""
         raise NotImplementedError('RobustnessWrapper merges no predictions')
 
     def val_step(self, data: dict) -> list:
-        """As :meth:`test_step`."""
+        """Do the same as :meth:`test_step`."""
         return self.test_step(data)
 
     @torch.no_grad()
     def test_step(self, data: dict) -> list:
-        """Predict a batch, clean and with every disturbance.
+        """Predict a batch, clean and with every corruption.
 
         Args:
             data (dict): Batch of a data loader, ``inputs`` and
@@ -173,10 +174,10 @@ class RobustnessWrapper(BaseTTAModel):
             [self._record(answer, answer, truth, 0.0)]
             for answer, truth in zip(clean, truths, strict=True)
         ]
-        for number, disturbance in enumerate(sweep, 1):
-            changed = [disturbance(image, grid) for image in images]
+        for number, corruption in enumerate(sweep, 1):
+            changed = [corruption(image, grid) for image in images]
             prepared = self._prepare(data, changed)
-            with self._in_embedding(disturbance) as ratios:
+            with self._in_embedding(corruption) as ratios:
                 found = self._answers(prepared, dense)
             sizes = ratios[0] if ratios else _ratios(images, changed)
             together = zip(clean, found, truths, sizes.tolist(), strict=True)
@@ -190,14 +191,14 @@ class RobustnessWrapper(BaseTTAModel):
     def _attach(
         self, samples: list, records: list[list[dict]], sweep: list
     ) -> None:
-        """Give each sample what was found, as columns."""
-        modes = [CLEAN, *(disturbance.describe() for disturbance in sweep)]
+        """Attach the records to each sample, as columns."""
+        modes = [CLEAN, *(corruption.describe() for corruption in sweep)]
         for sample, record in zip(samples, records, strict=True):
             columns = {k: np.array([r[k] for r in record]) for k in record[0]}
             sample.set_field(dict(modes=modes, **columns), FIELD)
 
     def _prepare(self, data: dict, images: list[Tensor]) -> dict:
-        """Normalize a batch in which the images are these."""
+        """Normalize a batch with these images in it."""
         stacked = isinstance(data['inputs'], Tensor)
         inputs = torch.stack(images) if stacked else images
         changed = dict(data, inputs=inputs)
@@ -206,7 +207,7 @@ class RobustnessWrapper(BaseTTAModel):
     def _answers(
         self, prepared: dict, dense: bool, samples: list | None = None
     ) -> list[Prediction]:
-        """What the model says of each image of a prepared batch."""
+        """Predict each image of a prepared batch."""
         if not dense:
             inputs = prepared['inputs']
             return classifier_predictions(self.module(inputs, mode='tensor'))
@@ -215,32 +216,28 @@ class RobustnessWrapper(BaseTTAModel):
         return [segmentor_prediction(sample) for sample in samples]
 
     @contextmanager
-    def _in_embedding(
-        self, disturbance: Disturbance
-    ) -> Iterator[list[Tensor]]:
+    def _in_embedding(self, corruption: Corruption) -> Iterator[list[Tensor]]:
         """Let a mode of level ``'embed'`` act on the tokens.
 
-        What is yielded then gets the sizes relative to their spread.
+        Yields a list that gets the sizes relative to the tokens' spread.
         """
         ratios: list[Tensor] = []
-        if not isinstance(disturbance, FourierNoise) or self.level != 'embed':
+        if not isinstance(corruption, FourierNoise) or self.level != 'embed':
             yield ratios
             return
 
-        def disturb(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def corrupt(_module: nn.Module, _args: Any, output: Any) -> Any:
             tokens, grid = output
-            tokens, ratio = disturbance.add_to_tokens(tokens, tuple(grid))
+            tokens, ratio = corruption.add_to_tokens(tokens, tuple(grid))
             ratios.append(ratio)
             return tokens, grid
 
-        handle = self._patch_embed().register_forward_hook(disturb)
-        try:
+        with HookHandles() as handles:
+            handles.add(self._patch_embed().register_forward_hook(corrupt))
             yield ratios
-        finally:
-            handle.remove()
 
     def _patch_embed(self) -> Any:
-        """Where the backbone embeds its patches."""
+        """Find the patch embedding of the backbone."""
         backbone = getattr(self.module, 'backbone', None)
         found = getattr(backbone, 'patch_embed', None)
         if not isinstance(getattr(found, 'projection', None), nn.Conv2d):
@@ -252,7 +249,7 @@ class RobustnessWrapper(BaseTTAModel):
         return found
 
     def _grid(self, size: Sequence[int]) -> Grid:
-        """Grid of the network's input for images of this size."""
+        """Return the grid of the network's input for images of this size."""
         height, width = self._windows() or size
         if self.level == 'pixel':
             return Grid(height, width)
@@ -268,14 +265,14 @@ class RobustnessWrapper(BaseTTAModel):
         )
         return Grid(rows, columns, stride)
 
-    def _sweep_for(self, grid: Grid) -> list[Disturbance]:
-        """Made for the first batch, and kept."""
+    def _sweep_for(self, grid: Grid) -> list[Corruption]:
+        """Return the sweep, which is made for the first batch."""
         if self.sweep is None:
             self.sweep = [*self._modes(grid), *self.corruptions]
         return self.sweep
 
     def _modes(self, grid: Grid) -> Iterator[FourierNoise]:
-        """Each frequency with each phase, but those that are zero."""
+        """Yield each frequency with each phase, but no mode that is zero."""
         generator = torch.Generator().manual_seed(self.seed)
         frequencies = self.frequencies
         if frequencies is None or isinstance(frequencies, int):
@@ -299,7 +296,7 @@ class RobustnessWrapper(BaseTTAModel):
         truth: Tensor,
         relative_rms: float,
     ) -> dict[str, Any]:
-        """All numbers about one image and one disturbance."""
+        """Collect all numbers about one image and one corruption."""
         return dict(
             relative_rms=relative_rms,
             **difference(clean, answer),
@@ -308,7 +305,7 @@ class RobustnessWrapper(BaseTTAModel):
 
 
 def _ratios(old: list[Tensor], new: list[Tensor]) -> Tensor:
-    """Sizes of what was added to images relative to their contrast."""
+    """Measure the changes of images relative to their contrast."""
     return torch.stack(
         [
             (after - before).square().mean().sqrt() / rms_contrast(before)
@@ -318,7 +315,7 @@ def _ratios(old: list[Tensor], new: list[Tensor]) -> Tensor:
 
 
 def _as_frequency(given: Any) -> Frequency:
-    """A number, or a pair, which a config may have as a list."""
+    """Convert a number, or a pair, which a config may have as a list."""
     if isinstance(given, (int, float)):
         return float(given)
     across, down = given
@@ -326,7 +323,7 @@ def _as_frequency(given: Any) -> Frequency:
 
 
 def _as_options(corruption: str | dict[str, Any]) -> dict[str, Any]:
-    """A corruption of a config as arguments of ``make_corruption``."""
+    """Turn a corruption of a config into arguments of its builder."""
     if isinstance(corruption, str):
         return dict(name=corruption)
     options = dict(corruption)

@@ -48,7 +48,7 @@ TARGETS = ('prediction', 'label')
 
 @METRICS.register_module()
 class SensitivityMetric(BaseMetric):
-    """How a classifier answers to small changes of images and parameters.
+    """Sensitivity of a classifier to small changes of images and parameters.
 
     A metric of MMEngine sees no model, so a config needs the hook that hands
     it over::
@@ -85,7 +85,7 @@ class SensitivityMetric(BaseMetric):
     After an evaluation the attribute ``rows`` has a line per image.
 
     Args:
-        samples (int): Images, >= 2. Defaults to 16.
+        samples (int): Number of images, >= 2. Defaults to 16.
         profile (bool): Measure the four norms and the index, which takes most
             of the time. Defaults to True.
         parameters (Sequence[str], optional): Prefixes of the names of the
@@ -93,34 +93,35 @@ class SensitivityMetric(BaseMetric):
         method (str): ``'auto'``, ``'difference'`` or ``'double_backward'``,
             see :func:`mmstabvim.stability.sensitivity_profile`. Defaults to
             ``'auto'``.
-        steps (int): Of Lanczos' method. Defaults to 20.
+        steps (int): Steps of Lanczos' method. Defaults to 20.
         max_classes (int): Classes up to which Jacobians are decomposed, >= 1.
             Defaults to 20.
         quantile (float): Over the images, 1 for the largest. Defaults to 1.0.
         combine (str): ``'max'`` or ``'sum'``. Defaults to ``'max'``.
         per_sample (bool): Divide the kernel's eigenvalue by the number of
             images. Defaults to False.
-        power (float): 1 or 2: whether singular values or their squares are
-            weights in the entropy. Defaults to 1.0.
-        base (float): Of the entropy's logarithm. Defaults to e.
+        power (float): Power of the singular values that are weights in the
+            entropy, 1 or 2. Defaults to 1.0.
+        base (float): Base of the entropy's logarithm. Defaults to e.
         target (str): Logit that is attributed to the image: ``'prediction'``,
             that of the class predicted for the unchanged image, or
             ``'label'``. Defaults to ``'prediction'``.
         attribution (str): See :func:`mmstabvim.stability.attributions`.
             Defaults to ``'gradient'``.
-        std (float): Of the changes, in units of normalized images. Defaults
-            to 0.02.
-        draws (int): Changes of each image. Defaults to 4.
+        std (float): Standard deviation of the changes, in units of normalized
+            images. Defaults to 0.02.
+        draws (int): Number of changes of each image. Defaults to 4.
         pool (int, optional): Side of squares over which attributions are
             averaged before the distance. Defaults to None.
         unit (bool): Give attributions norm 1 before the distance. Defaults to
             False.
         batch_size (int): Images that are differentiated at once. Defaults to
             16.
-        seed (int): Of the changes and random starts. Defaults to 0.
+        seed (int): Seed of the changes and random starts. Defaults to 0.
         show_progress (bool): Show a bar. Defaults to True.
-        collect_device (str): As of ``BaseMetric``. Defaults to ``'cpu'``.
-        prefix (str, optional): Of the names. Defaults to None, for
+        collect_device (str): Argument of ``BaseMetric``. Defaults to
+            ``'cpu'``.
+        prefix (str, optional): Prefix of the names. Defaults to None, for
             ``'sensitivity'``.
 
     Raises:
@@ -190,10 +191,10 @@ class SensitivityMetric(BaseMetric):
     # ------------------------------------------------------ in an evaluation
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Keep the first images of the evaluation, as the model sees them.
+        """Keep the first images of the evaluation, normalized.
 
         Args:
-            data_batch (dict): From the dataloader.
+            data_batch (dict): Batch of the data loader.
             data_samples (Sequence[dict]): With ``gt_label``.
 
         Raises:
@@ -289,7 +290,7 @@ class SensitivityMetric(BaseMetric):
 
     @contextmanager
     def _bars(self, progress: Progress | None) -> Iterator[Progress]:
-        """Somebody else's bars, or new ones."""
+        """Add bars to a display that is given, or to a new one."""
         if progress is None:
             console = Console(stderr=True)
             with Progress(
@@ -305,7 +306,7 @@ class SensitivityMetric(BaseMetric):
                 progress.remove_task(task)
 
     def _chosen(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters that count."""
+        """List the parameters that count."""
         prefixes = tuple(self.parameters or ('',))
         chosen = [
             p
@@ -322,7 +323,7 @@ class SensitivityMetric(BaseMetric):
     def _spectra(
         self, function: Function, images: Tensor, progress: Progress
     ) -> tuple[dict[str, float], Rows]:
-        """Singular values of input Jacobians, and what they say."""
+        """Measure the singular values of the input Jacobians."""
         rows: Rows = []
         classes = 0
         task = progress.add_task('input Jacobians', total=len(images))
@@ -356,7 +357,7 @@ class SensitivityMetric(BaseMetric):
         return means, rows
 
     def _columns(self, values: Tensor) -> dict[str, Tensor]:
-        """Of each image, from singular values (batch, count)."""
+        """Compute a number per image from singular values (batch, count)."""
         return dict(
             entropy=spectral_entropy(values, self.power, self.base),
             effective_rank=effective_rank(values, self.power),
@@ -370,7 +371,7 @@ class SensitivityMetric(BaseMetric):
         labels: Tensor,
         progress: Progress,
     ) -> dict[str, float]:
-        """Instability, and the distance that the first change makes."""
+        """Measure instability, and the distance after the first change."""
         changes = gaussian_changes(images, self.std, self.draws, self.seed)
         clean: list[Tensor] = []
         moved: list[Tensor] = []
@@ -409,7 +410,7 @@ class SensitivityMetric(BaseMetric):
         parameters: Sequence[Tensor],
         progress: Progress,
     ) -> dict[str, float]:
-        """The four norms and the index."""
+        """Measure the four norms and the index."""
         task = progress.add_task('Hessians', total=len(images))
         found = sensitivity_profile(
             function,
@@ -446,7 +447,7 @@ def _check_least(name: str, value: int, least: int) -> None:
 
 
 def _label(sample: dict) -> int:
-    """The one label of a sample."""
+    """Return the one label of a sample."""
     label = sample.get('gt_label')
     if not isinstance(label, Tensor) or label.numel() != 1:
         raise ValueError(f'each sample must have one gt_label, got {label!r}')

@@ -1,4 +1,4 @@
-"""How a model answers to disturbances: modes over frequency, and others."""
+"""Figures of robustness: modes over frequency, and other corruptions."""
 
 from collections.abc import Sequence
 from typing import Any

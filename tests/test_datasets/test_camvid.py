@@ -49,12 +49,14 @@ def build(config, split, root):
 
 
 def test_metainfo():
-    """Eleven classes and as many colours; void is none of them."""
+    """As many colours as classes; void, the label after them, is none."""
+    from mmstabvim.datasets.camvid import VOID
+
     meta = CamVidDataset.METAINFO
-    assert len(meta['classes']) == len(set(meta['classes'])) == 11
-    assert len({tuple(colour) for colour in meta['palette']}) == 11
+    assert len(meta['classes']) == len(set(meta['classes'])) == VOID
+    assert len({tuple(colour) for colour in meta['palette']}) == VOID
     assert meta['classes'][0] == 'sky'
-    assert meta['classes'][10] == 'bicyclist'
+    assert meta['classes'][-1] == 'bicyclist'
 
 
 def test_images(config, root):

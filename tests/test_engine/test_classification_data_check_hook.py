@@ -1,4 +1,4 @@
-"""What the check of classification data refuses, and what it lets pass."""
+"""Check of classification data: refusals, and data that pass."""
 
 import json
 import logging
@@ -106,7 +106,7 @@ def test_an_additional_class_and_another_order(root):
 
 
 def test_an_empty_folder_cures_it(root):
-    """As the message advises."""
+    """The cure that the message advises works."""
     for path in (root / 'val/bee').iterdir():
         path.unlink()
     (root / 'val/bee').rmdir()
@@ -244,7 +244,7 @@ def test_a_label_beyond_the_classes(root):
 
 
 def test_whole_jpegs_with_something_behind(root):
-    """As cameras write them; without their end they are refused."""
+    """Cameras write such files; without their end they are refused."""
     write(root / 'train', suffix='.jpg')
     path = root / 'train/bee/1.jpg'
     whole = path.read_bytes()
@@ -280,7 +280,7 @@ class Model(nn.Module):
 
 
 class Runner:
-    """As far as the hook looks at it."""
+    """Stand-in with the parts that the hook reads."""
 
     val_loop = None
     cfg = Config()

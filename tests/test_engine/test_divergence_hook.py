@@ -26,15 +26,20 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from mmstabvim.checkpoint import load_checkpoint_tensors, load_everything
+from mmstabvim.engine.divergence import (
+    largest_entry,
+    trace_loss,
+    trace_step,
+)
+from mmstabvim.engine.divergence.alarm import Alarm, LossHistory
 from mmstabvim.engine.divergence.record import (
-    drawing_from,
     pack_batch,
     replay,
     unpack_batch,
 )
-from mmstabvim.engine.divergence.trace import largest_entry, trace_step
 from mmstabvim.engine.hooks import DivergenceHook
-from mmstabvim.engine.hooks.random_state_hook import (
+from mmstabvim.engine.random_state import (
+    drawing_from,
     get_random_state,
     set_random_state,
 )
@@ -157,7 +162,7 @@ class Spy(Hook):
         self.function(runner)
 
 
-# ------------------------------------------------------------ finding it
+# ------------------------------------------------------------ trace it
 
 
 @pytest.fixture
@@ -248,8 +253,8 @@ def test_names_the_weight_and_runs_the_step_again(digits, name):
     snippet = re.search(r'```python\n(.*?)```', report, re.DOTALL)[1]
     scope = {}
     exec(snippet, scope)
-    assert scope['finding'].parameters == [name]
-    assert scope['finding'].culprit.describe() == first_in(report)
+    assert scope['trace'].parameters == [name]
+    assert scope['trace'].first_nonfinite.describe() == first_in(report)
 
 
 def test_record_repeats_the_step(digits, monkeypatch):
@@ -263,16 +268,20 @@ def test_record_repeats_the_step(digits, monkeypatch):
         original(self, loss, *args, **kwargs)
 
     monkeypatch.setattr(OptimWrapper, 'update_params', note)
-    hook = next(h for h in runner.hooks if isinstance(h, DivergenceHook))
-    monkeypatch.setattr(hook, '_is_spike', lambda loss: runner.iter == 5)
+
+    def alarm_in_the_sixth(_history, values, _spikes):
+        wanted = values.iteration == 6
+        return Alarm('spike', 'of this test', 6, True) if wanted else None
+
+    monkeypatch.setattr(LossHistory, '_spike', alarm_in_the_sixth)
     report = diverge(runner)
     (path,) = Path(runner.log_dir).glob('divergence_iter_6.pth')
     torch.load(path, weights_only=True)
     assert load_checkpoint_tensors(path)['cause'] == 'spike'
-    finding = replay(path, Path(runner.log_dir, 'divergence_config.py'))
-    assert finding.losses['loss'] == losses[5]
+    trace = replay(path, Path(runner.log_dir, 'divergence_config.py'))
+    assert trace.losses['loss'] == losses[5]
     assert f'loss {losses[5]:.6g}' in report
-    assert finding.culprit is None
+    assert trace.first_nonfinite is None
     with pytest.raises(ValueError, match=r"without \['batch'"):
         replay(Path(runner.work_dir, 'last_good.pth'), nn.Linear(1, 1))
 
@@ -280,6 +289,21 @@ def test_record_repeats_the_step(digits, monkeypatch):
 def infinite_gradient(runner, iterations):
     """A gradient hook that multiplies by infinity in some iterations."""
     return lambda g: g * math.inf if runner.iter in iterations else g
+
+
+def test_trace_of_a_plain_module():
+    """No data preprocessor, no dict of losses: PyTorch alone."""
+    root = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    nn.init.constant_(root[0].weight, -1.0)
+    nn.init.zeros_(root[0].bias)
+    # the derivative of a square root at 0, of what ReLU has cut off
+    trace = trace_loss(root, lambda: root(torch.ones(1, 2)).sqrt().sum())
+    first = trace.first_nonfinite
+    assert (first.module, first.role) == ('1', 'gradient of output')
+    assert "reads this module's output" in trace.reason
+    assert trace.error == ''
+    assert trace.losses == {}
+    assert root[0].weight.grad is None
 
 
 @pytest.mark.parametrize('clip', [None, 'norm', 'value'])
@@ -333,10 +357,13 @@ def test_tells_a_module_from_the_code_around_it(inside):
         )
         role, place = 'gradient of output', 'first'
     batch = torch.utils.data.default_collate(batches()[:4])
-    finding = trace_step(model, batch)
-    assert (finding.culprit.role, finding.culprit.module) == (role, place)
-    assert 'first.weight' in finding.gradients
-    assert 'last.weight' not in finding.gradients
+    trace = trace_step(model, batch)
+    assert (trace.first_nonfinite.role, trace.first_nonfinite.module) == (
+        role,
+        place,
+    )
+    assert 'first.weight' in trace.gradients
+    assert 'last.weight' not in trace.gradients
 
 
 def test_code_between_modules_and_masks():
@@ -360,13 +387,13 @@ def test_code_between_modules_and_masks():
 
     model.forward = forward
     batch = torch.utils.data.default_collate(batches()[:4])
-    finding = trace_step(model, batch)
-    assert finding.culprit.describe() == 'input of `norm` (BatchNorm1d)'
-    assert 'the whole model, after `mask`' in finding.reason
+    trace = trace_step(model, batch)
+    assert trace.first_nonfinite.describe() == 'input of `norm` (BatchNorm1d)'
+    assert 'the whole model, after `mask`' in trace.reason
     batch['inputs'][0, 0] = math.nan
-    finding = trace_step(model, batch)
-    assert finding.culprit.module == 'data_preprocessor'
-    assert finding.reason == 'The batch itself is not finite.'
+    trace = trace_step(model, batch)
+    assert trace.first_nonfinite.module == 'data_preprocessor'
+    assert trace.reason == 'The batch itself is not finite.'
 
 
 def test_tracing_changes_nothing():
@@ -376,9 +403,9 @@ def test_tracing_changes_nothing():
         p.grad = torch.ones_like(p)
     before = copy.deepcopy(model.state_dict())
     batch = torch.utils.data.default_collate(batches()[:4])
-    finding = trace_step(model, batch)
-    assert finding.error == ''
-    assert finding.culprit is None
+    trace = trace_step(model, batch)
+    assert trace.error == ''
+    assert trace.first_nonfinite is None
     assert_same(before, model.state_dict())
     for module in model.modules():
         assert not module._forward_hooks
@@ -397,13 +424,13 @@ def test_checkpointed_forward_counts_once():
     block = model.block.forward
     model.block.forward = partial(checkpoint, block, use_reentrant=False)
     batch = torch.utils.data.default_collate(batches()[:4])
-    finding = trace_step(model, batch)
-    assert finding.error == ''
-    modules = [(r.module, r.role) for r in finding.outputs]
+    trace = trace_step(model, batch)
+    assert trace.error == ''
+    modules = [(r.module, r.role) for r in trace.outputs]
     assert ('block.1', 'output') in modules
     assert len(set(modules)) == len(modules)
     assert (
-        finding.culprit.describe()
+        trace.first_nonfinite.describe()
         == 'gradient of input of `block.0` (Dropout)'
     )
 
@@ -713,7 +740,7 @@ def test_rollback(tmp_path, by_epoch):
 
 
 def test_rollbacks_come_to_an_end(tmp_path):
-    """The same checkpoint, a quarter of the rate, then an error."""
+    """One checkpoint, a quarter of the rate, then an error."""
     rates = []
     runner = make_runner(
         tmp_path,
@@ -729,7 +756,7 @@ def test_rollbacks_come_to_an_end(tmp_path):
 
 
 def test_rollback_takes_the_newest_whole_checkpoint(tmp_path):
-    """Of CheckpointHook, if it is newer and neither damaged nor spoilt."""
+    """CheckpointHook's, if it is newer and neither damaged nor spoilt."""
     for damage, expected in (('', 4), ('torn', 2), ('spoilt', 2)):
         folder = tmp_path / f'case{damage}'
 
@@ -929,11 +956,24 @@ def test_resumed_run_remembers(tmp_path):
             **options,
         )
         runner.train()
-        results.append((runner.optim_wrapper.get_lr(), ours.num_rollbacks))
+        results.append(
+            (runner.optim_wrapper.get_lr(), ours.history.num_rollbacks)
+        )
     assert results[0] == results[1]
-    assert ours.num_rollbacks == 1
+    assert ours.history.num_rollbacks == 1
     # one iteration rolled back, one lost
-    assert [i for i, _ in ours.losses] == [1, 2, 3, 4, 7, 8, 9, 10, 11, 12]
+    assert [i for i, _ in ours.history.losses] == [
+        1,
+        2,
+        3,
+        4,
+        7,
+        8,
+        9,
+        10,
+        11,
+        12,
+    ]
     runner = make_runner(
         tmp_path / 'third',
         hook(action='rollback', max_rollbacks=1),
@@ -1004,7 +1044,7 @@ run('stop')
 
 
 def test_two_processes_decide_alike(tmp_path):
-    """What one rank has seen takes back, or stops, both."""
+    """A divergence on one rank takes back, or stops, both."""
     script = tmp_path / 'run.py'
     script.write_text(SCRIPT)
     command = [sys.executable, '-m', 'torch.distributed.run']

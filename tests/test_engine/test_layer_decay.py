@@ -87,7 +87,7 @@ def groups_by_name(model, **options):
 
 
 def wanted_scale(name, rate=RATE, num_layers=ARCH['num_layers']):
-    """What the rule says, from the name alone."""
+    """Scale by the rule, from the name alone."""
     block = re.match(r'(?:backbone\.)?layers\.(\d+)\.', name)
     if block:
         return rate ** (num_layers - int(block[1]))
@@ -251,7 +251,7 @@ class Records(logging.Handler):
 
 @pytest.fixture
 def log():
-    """What is logged in the meantime."""
+    """Messages logged in the meantime."""
     logger, handler = MMLogger.get_current_instance(), Records()
     logger.addHandler(handler)
     yield handler.texts

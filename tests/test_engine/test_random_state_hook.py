@@ -1,4 +1,4 @@
-"""What the hook stores and puts back."""
+"""Random states are stored and put back."""
 
 import random
 from types import SimpleNamespace
@@ -9,10 +9,7 @@ import torch
 
 from mmstabvim import RandomStateHook
 from mmstabvim.engine.hooks import random_state_hook
-from mmstabvim.engine.hooks.random_state_hook import (
-    get_random_state,
-    set_random_state,
-)
+from mmstabvim.engine.random_state import get_random_state, set_random_state
 
 
 def draw():
@@ -72,7 +69,7 @@ def test_skipped_batches_do_not_count():
 
 
 class LazyBatches:
-    """As in OneDL's loop: skipped by number, made late, drawing a seed."""
+    """Batches of OneDL's loop: skipped by number, made late, with a seed."""
 
     def __init__(self):
         self.made, self.skipped = False, 0

@@ -1,4 +1,4 @@
-"""What the check of segmentation data refuses, and what it lets pass."""
+"""Check of segmentation data: refusals, and data that pass."""
 
 import logging
 from pathlib import Path
@@ -31,7 +31,7 @@ def _scope():
 
 
 class Head(nn.Module):
-    """Of a segmentor, as far as the hook looks at it."""
+    """Stand-in for a head, with the parts that the hook reads."""
 
     def __init__(self, num_classes=3, ignore_index=255):
         super().__init__()
@@ -39,7 +39,7 @@ class Head(nn.Module):
 
 
 class STDCHead(Head):
-    """As MMSegmentation's: it learns edges."""
+    """Stand-in for MMSegmentation's head, which learns edges."""
 
 
 class Model(nn.Module):
@@ -83,7 +83,7 @@ def dataset(folder, pipeline=None, **kwargs):
 
 
 def runner(train, model=None, val=None, test=None, cfg=None):
-    """What the hook reads of a runner."""
+    """Stand-in for a runner, with the parts that the hook reads."""
     loader = SimpleNamespace(dataset=val)
     return SimpleNamespace(
         cfg=cfg or {},
@@ -331,7 +331,7 @@ def test_truncated_file(good, kind):
 
 
 def test_labels_are_decoded_of_few_masks_only(good):
-    """Of the others no more than header and end are read."""
+    """Only header and end of the others are read."""
     for i in range(20):
         write(good, f'x{i:02}', [0])
         path = good / f'ann/x{i:02}.png'

@@ -110,7 +110,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def messages(monkeypatch):
-    """What the hook logs: (level, text)."""
+    """Messages of the hook: (level, text)."""
     lines = []
 
     def note(message, logger=None, level=20):

@@ -62,7 +62,7 @@ def test_resume_repeats_the_uninterrupted_run(run, kind, ema):
 
 @pytest.mark.parametrize(('kind', 'ema'), CASES)
 def test_going_back_in_training(run, kind, ema):
-    """As after a divergence: weights, vectors, averages of the file."""
+    """Weights, vectors and averages become those of the file."""
     run.hooks = [KINDS[kind]] + [EMA] * ema
     runner = run.train()
     models = [runner.model] + ([average_of(runner)] if ema else [])
@@ -102,7 +102,7 @@ def test_layers_added_when_resuming_start_anew(run):
         path = f'{run.work_dir}/epoch_1.pth'
         resumed = run.train(load_from=path, resume=True)
         bounds = hook_of(resumed).bounds
-        assert len(bounds) == 10
+        assert bounds.keys() == find_layers(resumed.model, ALL).keys()
         assert hook_of(whole).bounds.items() <= bounds.items()
         run.epochs = 1
 
@@ -157,7 +157,7 @@ def test_learned_gains_are_trained_as_their_weights_are(run):
     runner = run.train()
     groups = runner.optim_wrapper.optimizer.param_groups
     gains = gains_of(runner.model)
-    assert len(gains) == 10
+    assert gains
     for name, layer in find_layers(runner.model, ALL).items():
         weight = weight_parameter(layer)
         (group,) = (g for g in groups if any(p is weight for p in g['params']))

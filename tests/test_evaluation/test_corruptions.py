@@ -1,4 +1,4 @@
-"""Disturbances: their size, and that they do what they say."""
+"""Size and effect of the image corruptions."""
 
 import math
 

@@ -62,7 +62,7 @@ def first_batch(runner):
 
 
 def logits_of(model, inputs, samples):
-    """Of the model itself, (batch, classes, ...)."""
+    """Logits of the model itself, (batch, classes, ...)."""
     if 'gt_sem_seg' not in samples[0]:
         return model(inputs, mode='tensor')
     found = model(inputs, copy.deepcopy(samples), mode='predict')
@@ -365,7 +365,7 @@ def test_registered_under_the_name_of_the_package():
 
 
 def record(top1, flips, shifts, relative=0.1):
-    """What the wrapper attaches to one image."""
+    """Record that the wrapper attaches to one image."""
     modes = [
         dict(kind='clean', frequency=None, phase=None),
         dict(kind='fourier', frequency=0.0, phase=0.0),
@@ -437,7 +437,7 @@ def test_samples_must_agree_on_the_sweep():
     first = record([1] * 5, [0] * 5, [0.0] * 5)
     other = dict(first, modes=first['modes'][:4])
     metric.process(None, [{'robustness': first}])
-    with pytest.raises(ValueError, match='same disturbances, got 5 and 4'):
+    with pytest.raises(ValueError, match='same corruptions, got 5 and 4'):
         metric.process(None, [{'robustness': other}])
 
 

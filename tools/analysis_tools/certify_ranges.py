@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.INFO)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     dtype = getattr(torch, args.dtype)
-    with launch.clear_errors(), Progress(console=console) as progress:
+    with launch.explain_errors(), Progress(console=console) as progress:
         cfg, model = trained.load_model(args)
         bounds = certify(model, dtype, progress)
         seen, count = observe(args, cfg, model, progress)

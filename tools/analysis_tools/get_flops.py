@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Count, print, write."""
     args = parse_args(argv)
-    with console.quiet(), launch.clear_errors():
+    with console.quiet(), launch.explain_errors():
         model = get_model(args.config, None, args.cfg_options, args.device)
         shape = args.shape or flops.image_shape(model.cfg)
         image = torch.zeros(1, 3, shape[0], shape[-1], device=args.device)

@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     logging.disable(logging.INFO)
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with launch.clear_errors(), Progress(console=console) as progress:
+    with launch.explain_errors(), Progress(console=console) as progress:
         cfg, model = trained.load_model(args)
         blocks = trained.find_blocks(model)
         rows = weight_rows(model, progress)

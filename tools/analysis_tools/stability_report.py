@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.disable(logging.INFO)
     started = time.monotonic()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    with launch.clear_errors(), Progress(console=console) as progress:
+    with launch.explain_errors(), Progress(console=console) as progress:
         found = measure_all(args, progress)
         bar = progress.add_task('page and figures', total=1)
         folder = trained.out_folder(args, 'stability')

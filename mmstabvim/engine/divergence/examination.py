@@ -1,5 +1,6 @@
-"""Run the iteration that diverged again and collect what a report says."""
+"""Run the iteration that diverged again and describe it for a report."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,33 +15,34 @@ from mmengine.dist import (
 )
 from mmengine.runner import Runner
 
-from mmstabvim.engine.divergence.record import (
-    drawing_from,
-    save_record,
-    snapshot_batch,
-)
+from mmstabvim.engine.divergence.alarm import Alarm
+from mmstabvim.engine.divergence.record import save_record, snapshot_batch
 from mmstabvim.engine.divergence.report import Divergence
-from mmstabvim.engine.divergence.rollback import (
+from mmstabvim.engine.divergence.rollback import find_last_good
+from mmstabvim.engine.divergence.step_watch import StepWatch
+from mmstabvim.engine.divergence.tensor_range import nonfinite_names
+from mmstabvim.engine.divergence.trace import (
+    StepTrace,
+    seen_in_step,
+    trace_step,
+)
+from mmstabvim.engine.random_state import drawing_from
+from mmstabvim.engine.runner_access import (
+    accumulative_counts,
     bare_model,
-    find_last_good,
+    has_dynamic_scale,
+    loss_scaler,
     optim_wrappers,
 )
-from mmstabvim.engine.divergence.step_watch import StepWatch, loss_scaler
-from mmstabvim.engine.divergence.trace import (
-    Finding,
-    nonfinite_names,
-    trace_step,
-    without_reproduction,
-)
 
 
-class Step(NamedTuple):
-    """What is needed to run an iteration again.
+class StepInputs(NamedTuple):
+    """Inputs from which an iteration can be run again.
 
     Attributes:
-        iteration (int): From 1.
-        batch (Any): As from the data loader.
-        random_state (dict): Of ``get_random_state``, at its start.
+        iteration (int): Number of the iteration, from 1.
+        batch (Any): Batch of the data loader.
+        random_state (dict): Result of ``get_random_state`` at its start.
     """
 
     iteration: int
@@ -48,52 +50,38 @@ class Step(NamedTuple):
     random_state: dict[str, Any]
 
 
-class Alarm(NamedTuple):
-    """Why an iteration is examined.
+class _Examined(NamedTuple):
+    """Result of the examination on one rank."""
 
-    Attributes:
-        cause (str): One of ``CAUSES``.
-        detail (str): Numbers that belong to it.
-        iteration (int): From 1.
-        here (bool): Whether it was seen on this rank.
-    """
-
-    cause: str
-    detail: str
-    iteration: int
-    here: bool
+    alarm: Alarm
+    trace: StepTrace
 
 
 def examine(
-    runner: Runner, alarm: Alarm, steps: list[Step], watch: StepWatch
+    runner: Runner, alarm: Alarm, steps: list[StepInputs], watch: StepWatch
 ) -> Divergence:
-    """Run an iteration again on every rank and describe what is found.
+    """Run an iteration again on every rank and describe the divergence.
 
     The rank on which it is found keeps the step in a file.
 
     Args:
         runner (Runner): In training, on every rank.
-        alarm (Alarm): The cause.
-        steps (list[Step]): Iterations since the last optimizer step.
-        watch (StepWatch): What the step itself has shown.
+        alarm (Alarm): Reason of the examination.
+        steps (list[StepInputs]): Iterations since the last optimizer step.
+        watch (StepWatch): Values seen in the step itself.
 
     Returns:
-        Divergence: The same on all ranks, without the losses before it.
+        Divergence: Equal on all ranks; losses, advice and outcome are left to
+        the caller.
     """
     steps = [s for s in steps if s.iteration <= alarm.iteration]
     if alarm.cause != 'gradient':  # which may come from an earlier batch
         steps = steps[-1:]
-    findings = [_replay(runner, step, alarm.cause) for step in steps]
-    places = (i for i, f in enumerate(findings) if f.culprit is not None)
-    place = next(places, -1)
-    finding = findings[place] if findings else Finding()
-    gathered = all_gather_object((alarm, finding))
-    if all(found.culprit is None for _, found in gathered):
-        if alarm.here:
-            finding = _seen_in_the_step(runner, alarm, finding, watch)
-        gathered = all_gather_object((alarm, finding))
-    rank = _choose_rank(gathered)
-    alarm, finding = gathered[rank]
+    traces = [_replay(runner, step, alarm.cause) for step in steps]
+    found = (i for i, t in enumerate(traces) if t.first_nonfinite is not None)
+    place = next(found, -1)
+    trace = traces[place] if traces else StepTrace()
+    rank, (alarm, trace) = _agree(runner, alarm, trace, watch)
     record = Path(runner.log_dir, f'divergence_iter_{alarm.iteration}.pth')
     if rank == get_rank() and steps:
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -107,20 +95,33 @@ def examine(
         epoch=runner.epoch + 1,
         rank=rank,
         world_size=get_world_size(),
-        finding=finding,
+        trace=trace,
         learning_rates=runner.optim_wrapper.get_lr(),
         training=_describe_training(runner),
         hooks=_describe_hooks(runner),
-        has_state_matrix=_has_state_matrix(runner),
         checkpoint=checkpoint[0],
         record=str(record),
         config=_config_path(runner),
     )
 
 
-def _replay(runner: Runner, step: Step, cause: str) -> Finding:
+def _agree(
+    runner: Runner, alarm: Alarm, trace: StepTrace, watch: StepWatch
+) -> tuple[int, _Examined]:
+    """Choose the rank on which most is known, on all ranks alike."""
+    gathered = all_gather_object(_Examined(alarm, trace))
+    if all(found.trace.first_nonfinite is None for found in gathered):
+        if alarm.here:
+            trace = _seen_in_step(runner, alarm, trace, watch)
+        gathered = all_gather_object(_Examined(alarm, trace))
+    rank = _choose_rank(gathered)
+    return rank, gathered[rank]
+
+
+def _replay(runner: Runner, step: StepInputs, cause: str) -> StepTrace:
     """Trace an iteration as it was run."""
-    model, wrapper = bare_model(runner), optim_wrappers(runner)[0]
+    model = bare_model(runner.model)
+    wrapper = optim_wrappers(runner.optim_wrapper)[0]
     context = partial(wrapper.optim_context, model)
     with drawing_from(step.random_state):
         return trace_step(
@@ -131,31 +132,32 @@ def _replay(runner: Runner, step: Step, cause: str) -> Finding:
         )
 
 
-def _seen_in_the_step(
-    runner: Runner, alarm: Alarm, finding: Finding, watch: StepWatch
-) -> Finding:
-    """Name what the step itself has shown, where its replay is finite."""
-    model = bare_model(runner)
+def _seen_in_step(
+    runner: Runner, alarm: Alarm, trace: StepTrace, watch: StepWatch
+) -> StepTrace:
+    """Name a tensor of the step itself where its replay is finite."""
+    model = bare_model(runner.model)
     if alarm.cause == 'activation':
         place = watch.first_bad_activation()
         if place is not None:
-            return without_reproduction(finding, model, place, 'output')
+            return seen_in_step(trace, model, place, 'output')
     if alarm.cause == 'gradient':
         names = nonfinite_names(
             (name, p.grad) for name, p in model.named_parameters()
         )
         if names:
-            finding.gradients = names
             # the last one is nearest to the loss
             place, _, name = names[-1].rpartition('.')
             role = f'gradient of parameter {name}'
-            return without_reproduction(finding, model, place, role)
-    return finding
+            trace = seen_in_step(trace, model, place, role)
+            return replace(trace, gradients=names)
+    return trace
 
 
-def _save(runner: Runner, path: Path, step: Step, alarm: Alarm) -> None:
+def _save(runner: Runner, path: Path, step: StepInputs, alarm: Alarm) -> None:
     """Keep the step in a file."""
-    model, wrapper = bare_model(runner), optim_wrappers(runner)[0]
+    model = bare_model(runner.model)
+    wrapper = optim_wrappers(runner.optim_wrapper)[0]
     device = next(model.parameters()).device.type
     autocast = None
     with wrapper.optim_context(model):
@@ -176,42 +178,39 @@ def _save(runner: Runner, path: Path, step: Step, alarm: Alarm) -> None:
     )
 
 
-def _choose_rank(findings: list[tuple[Alarm, Finding]]) -> int:
-    """The first rank on which something was found."""
-    for wanted in (
-        lambda alarm, finding: alarm.here and finding.culprit is not None,
-        lambda alarm, finding: finding.culprit is not None,
-        lambda alarm, finding: alarm.here,
-    ):
-        for rank, item in enumerate(findings):
-            if wanted(*item):
-                return rank
-    return 0
+def _choose_rank(gathered: list[_Examined]) -> int:
+    """Find the first rank that knows most."""
+
+    def knowledge(rank: int) -> tuple[bool, bool]:
+        alarm, trace = gathered[rank]
+        return trace.first_nonfinite is not None, alarm.here
+
+    return max(range(len(gathered)), key=knowledge)
 
 
 def _loss_factor(wrapper: Any, cause: str) -> float:
-    """What the loss is multiplied by before the backward pass."""
-    factor = 1 / getattr(wrapper, '_accumulative_counts', 1)
+    """Return the factor of the loss in the backward pass."""
+    factor = 1 / accumulative_counts(wrapper)
     scaler = loss_scaler(wrapper)
     if scaler is None or cause != 'skipped':
         # gradients that overflow by the scale are not what has gone wrong
         return factor
     factor *= scaler.get_scale()
-    if getattr(wrapper, '_scale_update_param', None) is None:
-        # dynamic: the skipped step has just lowered it
+    if has_dynamic_scale(wrapper):
+        # the skipped step has just lowered it
         factor /= scaler.get_backoff_factor()
     return factor
 
 
 def _describe_training(runner: Runner) -> dict[str, str]:
-    """Optimizer and precision, for the report."""
+    """Describe optimizer and precision, for the report."""
     described = {}
-    for wrapper in optim_wrappers(runner):
+    for wrapper in optim_wrappers(runner.optim_wrapper):
         described['optimizer'] = type(wrapper.optimizer).__name__
         described['optim_wrapper'] = type(wrapper).__name__
         if wrapper.clip_grad_kwargs:
             described['clip_grad'] = str(wrapper.clip_grad_kwargs)
-        counts = getattr(wrapper, '_accumulative_counts', 1)
+        counts = accumulative_counts(wrapper)
         if counts > 1:
             described['accumulative_counts'] = str(counts)
         scaler = loss_scaler(wrapper)
@@ -221,7 +220,7 @@ def _describe_training(runner: Runner) -> dict[str, str]:
 
 
 def _describe_hooks(runner: Runner) -> list[str]:
-    """This project's other hooks that act on training, with settings."""
+    """List this project's other hooks, with their settings."""
     given = [
         *(runner.cfg.get('custom_hooks') or []),
         *(runner.cfg.get('default_hooks') or {}).values(),
@@ -246,14 +245,8 @@ def _describe_hooks(runner: Runner) -> list[str]:
     return described
 
 
-def _has_state_matrix(runner: Runner) -> bool:
-    """Whether the stabilizers have something to act on."""
-    names = (name for name, _ in bare_model(runner).named_modules())
-    return any(name.endswith('state_matrix') for name in names)
-
-
 def _config_path(runner: Runner) -> str | None:
-    """Where the config goes; None if it does not build the model."""
+    """Return the path of the config; None if it builds no model."""
     if not isinstance(runner.cfg.get('model'), dict):
         return None
     return str(Path(runner.log_dir, 'divergence_config.py'))

@@ -6,7 +6,7 @@ without running code (:func:`mmstabvim.checkpoint.load_checkpoint_tensors`).
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,8 @@ from torch import Tensor, nn
 
 from mmstabvim.building import build_model
 from mmstabvim.checkpoint import load_checkpoint_tensors
-from mmstabvim.engine.divergence.trace import Finding, trace_step
-from mmstabvim.engine.hooks.random_state_hook import (
-    get_random_state,
-    set_random_state,
-)
+from mmstabvim.engine.divergence.trace import StepTrace, trace_step
+from mmstabvim.engine.random_state import drawing_from
 
 _ELEMENT, _MISSING = '__data_element__', '__not_stored__'
 _FIELD_SETS = ('_metainfo_fields', '_data_fields')
@@ -99,7 +96,7 @@ def unpack_batch(value: Any) -> Any:
     """Undo :func:`pack_batch`.
 
     Args:
-        value (Any): What it has returned.
+        value (Any): A packed batch.
 
     Returns:
         Any: The batch.
@@ -147,21 +144,6 @@ def _class_name(cls: type) -> str:
     return f'{cls.__module__}.{cls.__qualname__}'
 
 
-@contextmanager
-def drawing_from(state: dict[str, Any]) -> Iterator[None]:
-    """Draw random numbers from a state; afterwards go on as before.
-
-    Args:
-        state (dict): Of ``get_random_state``.
-    """
-    before = get_random_state()
-    set_random_state(state)
-    try:
-        yield
-    finally:
-        set_random_state(before)
-
-
 def save_record(
     path: str | os.PathLike,
     model: nn.Module,
@@ -169,13 +151,14 @@ def save_record(
     random_state: dict[str, Any],
     **about: Any,
 ) -> None:
-    """Write what is needed to run a training step again.
+    """Write all that is needed to run a training step again.
 
     Args:
         path (str | os.PathLike): File to write.
         model (nn.Module): Not wrapped; its weights are stored.
-        batch (Any): As from the data loader.
-        random_state (dict): Of ``get_random_state``, at the step's start.
+        batch (Any): Batch of a data loader.
+        random_state (dict): Result of ``get_random_state`` at the start of
+            the step.
         **about (Any): Plain values: ``iter``, ``autocast`` (the dtype's name
             or None), ``scale`` of the loss and others.
     """
@@ -196,20 +179,20 @@ def replay(
     record: str | os.PathLike,
     model: nn.Module | str | os.PathLike,
     device: str = 'cpu',
-) -> Finding:
+) -> StepTrace:
     """Run the step of a record again and find the first non-finite number.
 
-    Nothing in the record is executed. What hooks add to a model during
-    training is not there.
+    Nothing in the record is executed. Changes that hooks make to a model
+    during training are missing.
 
     Args:
         record (str | os.PathLike): File that ``DivergenceHook`` has written.
         model (nn.Module | str | os.PathLike): The model, or the config that
             builds it; it gets the record's weights.
-        device (str): Where to run. Defaults to ``'cpu'``.
+        device (str): Device to run on. Defaults to ``'cpu'``.
 
     Returns:
-        Finding: As in the report.
+        StepTrace: The trace that the report describes.
 
     Raises:
         FileNotFoundError: If there is no such file.

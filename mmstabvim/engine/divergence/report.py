@@ -1,4 +1,4 @@
-"""Write down, for a person to read, where a training run has diverged."""
+"""Write a report of a divergence in Markdown."""
 
 import math
 import os
@@ -6,25 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mmstabvim.engine.divergence.trace import Finding, TensorRange
-
-CAUSES = {
-    'loss': 'the loss is not finite',
-    'activation': 'an activation is not finite',
-    'gradient': 'a gradient is not finite',
-    'spike': 'the loss has jumped',
-    'skipped': 'float16 training has skipped too many steps in a row',
-}
-
-STABILIZERS = {
-    'SpectralNormalizationHook': 'bounds the spectral radius of the state '
-    'matrices',
-    'EigenvalueClampingHook': 'keeps their eigenvalues in the stable half '
-    'plane',
-    'StabilityLossHook': 'penalizes eigenvalues that leave it',
-}
-
-FLOAT16_MAX = 65504.0
+from mmstabvim.engine.divergence.alarm import CAUSES
+from mmstabvim.engine.divergence.tensor_range import TensorRange
+from mmstabvim.engine.divergence.trace import StepTrace
 
 
 @dataclass
@@ -36,20 +20,20 @@ class Divergence:
         detail (str): Numbers that belong to the cause.
         iteration (int): Number of the iteration, from 1.
         epoch (int): Number of the epoch, from 1.
-        rank (int): Process that it was found on.
+        rank (int): Process on which it was found.
         world_size (int): Number of processes.
-        finding (Finding): What a replay of the step has shown.
-        learning_rates (dict[str, list[float]]): By name, of each group.
+        trace (StepTrace): Trace of a replay of the step.
+        learning_rates (dict[str, list[float]]): Rates of the groups, by name.
         training (dict[str, str]): Optimizer, precision and the like.
         hooks (list[str]): Hooks of this project in use, with settings.
-        has_state_matrix (bool): Whether the model has one.
         checkpoint (tuple[str, int], optional): Path of the last good
             checkpoint and its iteration.
         record (str): File that holds the step.
         config (str, optional): File that builds the model.
-        outcome (str): What the hook does about it.
+        advice (list[str]): Cures that depend on the model, one sentence each.
+        outcome (str): Reaction of the training.
         losses (list[tuple[int, float]]): Iterations and losses before it.
-        notes (list[str]): What else there is to say.
+        notes (list[str]): Further sentences.
     """
 
     cause: str
@@ -58,23 +42,23 @@ class Divergence:
     epoch: int
     rank: int
     world_size: int
-    finding: Finding
+    trace: StepTrace
     learning_rates: dict[str, list[float]]
     training: dict[str, str]
     hooks: list[str]
-    has_state_matrix: bool
     checkpoint: tuple[str, int] | None
     record: str
     config: str | None
+    advice: list[str] = field(default_factory=list)
     outcome: str = ''
     losses: list[tuple[int, float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def headline(self) -> str:
-        """Say in one line what has happened and where."""
+        """Summarize cause and place in one line."""
         line = f'iteration {self.iteration}: {CAUSES[self.cause]}'
-        if self.finding.culprit is not None:
-            line += f'; first: {self.finding.culprit.describe()}'
+        if self.trace.first_nonfinite is not None:
+            line += f'; first: {self.trace.first_nonfinite.describe()}'
         return line
 
 
@@ -85,14 +69,14 @@ def write_report(
 
     Args:
         path (str | os.PathLike): File to write.
-        divergence (Divergence): What to report.
+        divergence (Divergence): Subject of the report.
         num_rows (int): Longest table. Defaults to 20.
     """
     sections = {
         'What': _what(divergence),
-        'Where': _where(divergence.finding),
-        'Ranges before it': _ranges(divergence.finding, num_rows),
-        'Largest activations': _largest(divergence.finding, num_rows // 2),
+        'Where': _where(divergence.trace),
+        'Ranges before it': _ranges(divergence.trace, num_rows),
+        'Largest activations': _largest(divergence.trace, num_rows // 2),
         'Loss before it': _losses(divergence.losses, num_rows),
         'State of training': _state(divergence),
         'What to try': _suggestions(divergence),
@@ -105,7 +89,7 @@ def write_report(
 
 
 def _what(divergence: Divergence) -> Iterator[str]:
-    """Cause, place in the training and outcome."""
+    """Yield cause, place in the training and outcome."""
     what = CAUSES[divergence.cause]
     yield f'- {what[0].upper()}{what[1:]}: {divergence.detail}.'
     yield (
@@ -121,41 +105,41 @@ def _what(divergence: Divergence) -> Iterator[str]:
     yield from (f'- {note}' for note in divergence.notes)
 
 
-def _where(finding: Finding) -> Iterator[str]:
-    """The first tensor that is not finite."""
-    culprit = finding.culprit
-    if culprit is None:
+def _where(trace: StepTrace) -> Iterator[str]:
+    """Yield lines about the first tensor that is not finite."""
+    first = trace.first_nonfinite
+    if first is None:
         yield (
             'The batch was run again: every number of the forward and the '
             'backward pass is finite.'
         )
     else:
-        yield f'First non-finite tensor: **{culprit.describe()}**.'
+        yield f'First non-finite tensor: **{first.describe()}**.'
         yield ''
-        yield finding.reason
-        if not math.isnan(culprit.nonfinite):
+        yield trace.reason
+        if not math.isnan(first.nonfinite):
             yield ''
             yield (
-                f'It has the shape {culprit.shape} and the dtype '
-                f'{culprit.dtype} (autocast: {culprit.autocast}); '
-                f'{culprit.nonfinite:.3g} of its elements are not finite.'
+                f'It has the shape {first.shape} and the dtype '
+                f'{first.dtype} (autocast: {first.autocast}); '
+                f'{first.nonfinite:.3g} of its elements are not finite.'
             )
     # those of a forward pass that is not finite say nothing
-    in_backward = culprit is None or culprit.role.startswith('gradient')
+    in_backward = first is None or first.role.startswith('gradient')
     for what, names in (
-        ('Parameters', finding.parameters),
-        ('Gradients of parameters', finding.gradients if in_backward else []),
+        ('Parameters', trace.parameters),
+        ('Gradients of parameters', trace.gradients if in_backward else []),
     ):
         if names:
             yield ''
             yield f'{what} that are not finite: {_names(names)}.'
-    if finding.losses:
-        losses = (f'{k} {v:.6g}' for k, v in finding.losses.items())
+    if trace.losses:
+        losses = (f'{k} {v:.6g}' for k, v in trace.losses.items())
         yield ''
         yield f'Losses of the batch: {", ".join(losses)}.'
-    if finding.error:
+    if trace.error:
         yield ''
-        yield f'The step could not be run to its end: {finding.error}'
+        yield f'The step could not be run to its end: {trace.error}'
 
 
 def _names(names: list[str], most: int = 8) -> str:
@@ -165,24 +149,24 @@ def _names(names: list[str], most: int = 8) -> str:
     return f'{listed} and {rest} more' if rest > 0 else listed
 
 
-def _ranges(finding: Finding, num_rows: int) -> list[str]:
-    """What modules have made just before, in order, and the culprit."""
-    made = [r for r in finding.before if r.role.startswith(('out', 'grad'))]
+def _ranges(trace: StepTrace, num_rows: int) -> list[str]:
+    """Tabulate the last outputs before it, in order, and the tensor."""
+    made = [r for r in trace.before if r.role.startswith(('out', 'grad'))]
     rows = made[-num_rows:]
-    if finding.culprit is not None and finding.culprit.shape:
-        rows = [*rows, finding.culprit]
+    if trace.first_nonfinite is not None and trace.first_nonfinite.shape:
+        rows = [*rows, trace.first_nonfinite]
     return _table(rows)
 
 
-def _largest(finding: Finding, num_rows: int) -> list[str]:
-    """Outputs with the largest finite values."""
-    finite = [r for r in finding.outputs if not math.isnan(r.peak)]
+def _largest(trace: StepTrace, num_rows: int) -> list[str]:
+    """Tabulate the outputs with the largest finite values."""
+    finite = [r for r in trace.outputs if not math.isnan(r.peak)]
     finite.sort(key=lambda r: r.peak, reverse=True)
     return _table(finite[:num_rows])
 
 
 def _table(rows: list[TensorRange]) -> list[str]:
-    """Markdown table of ranges."""
+    """Format ranges as a Markdown table."""
     if not rows:
         return ['Nothing was measured.']
     lines = [
@@ -201,7 +185,7 @@ def _table(rows: list[TensorRange]) -> list[str]:
 
 
 def _losses(losses: list[tuple[int, float]], num_rows: int) -> list[str]:
-    """The last losses."""
+    """Tabulate the last losses."""
     if not losses:
         return ['None has been seen.']
     rows = [f'| {i} | {value:.6g} |' for i, value in losses[-num_rows:]]
@@ -209,7 +193,7 @@ def _losses(losses: list[tuple[int, float]], num_rows: int) -> list[str]:
 
 
 def _state(divergence: Divergence) -> Iterator[str]:
-    """Learning rate, optimizer, precision, hooks, checkpoint."""
+    """List learning rate, optimizer, precision, hooks, checkpoint."""
     for name, values in divergence.learning_rates.items():
         shown = sorted({f'{value:.6g}' for value in values}, key=float)
         yield f'- {name}: {", ".join(shown)}'
@@ -229,11 +213,11 @@ def _state(divergence: Divergence) -> Iterator[str]:
 
 
 def _suggestions(divergence: Divergence) -> Iterator[str]:
-    """Options of this project that may help, the likeliest first."""
-    culprit = divergence.finding.culprit
+    """Yield options that may help, the likeliest first."""
+    first = divergence.trace.first_nonfinite
     role, module = '', ''
-    if culprit is not None:
-        role, module = culprit.role, culprit.module
+    if first is not None:
+        role, module = first.role, first.module
     if role.startswith('input') and module in ('', 'data_preprocessor'):
         yield (
             '- Look at the images and labels of the batch (below), and at '
@@ -251,7 +235,7 @@ def _suggestions(divergence: Divergence) -> Iterator[str]:
             "`optim_wrapper=dict(type='AmpOptimWrapper', dtype='bfloat16', "
             'loss_scale=1.0)` (`tools/train.py --amp --amp-dtype bfloat16`).'
         )
-    yield from _missing_stabilizers(divergence)
+    yield from (f'- {advice}' for advice in divergence.advice)
     if 'clip_grad' not in divergence.training:
         yield (
             '- Clip gradients: '
@@ -279,28 +263,15 @@ def _suggestions(divergence: Divergence) -> Iterator[str]:
 
 
 def _uses_float16(divergence: Divergence) -> bool:
-    """Whether the step ran in float16 or near its largest number."""
-    ranges = divergence.finding.outputs
+    """Tell a step with tensors or autocast of float16."""
+    ranges = divergence.trace.outputs
     return divergence.cause == 'skipped' or any(
         r.dtype == 'float16' or r.autocast == 'float16' for r in ranges
     )
 
 
-def _missing_stabilizers(divergence: Divergence) -> Iterator[str]:
-    """Stabilizers that could be added."""
-    if not divergence.has_state_matrix:
-        return
-    used = ' '.join(divergence.hooks)
-    missing = {k: v for k, v in STABILIZERS.items() if k not in used}
-    for name, effect in missing.items():
-        yield (
-            f"- Add `dict(type='mmstabvim.{name}')` to `custom_hooks`: it "
-            f'{effect}.'
-        )
-
-
 def _reproduction(divergence: Divergence) -> Iterator[str]:
-    """Files and a snippet that runs."""
+    """Name the files and show a snippet that runs."""
     yield (
         f'`{divergence.record}` holds the batch as the data loader gave it, '
         'the state of the random number generators at the start of the '
@@ -308,15 +279,15 @@ def _reproduction(divergence: Divergence) -> Iterator[str]:
     )
     yield ''
     yield '```python'
-    yield 'from mmstabvim.engine.divergence.record import replay'
+    yield 'from mmstabvim.engine.divergence import replay'
     yield ''
     model = 'model'
     if divergence.config is None:
         yield '# model: build it here as in your own script'
     else:
         model = repr(divergence.config)
-    yield f'finding = replay(\n    {divergence.record!r},\n    {model},\n)'
-    yield 'print(finding.culprit, finding.reason)'
+    yield f'trace = replay(\n    {divergence.record!r},\n    {model},\n)'
+    yield 'print(trace.first_nonfinite, trace.reason)'
     yield '```'
     yield ''
     yield (

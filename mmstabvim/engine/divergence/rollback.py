@@ -8,37 +8,22 @@ from typing import Any
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import HistoryBuffer
-from mmengine.model import is_model_wrapper
-from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmstabvim.checkpoint import load_everything
-from mmstabvim.engine.divergence.trace import floating_tensors, nonfinite_names
+from mmstabvim.engine.divergence.tensor_range import (
+    floating_tensors,
+    nonfinite_names,
+)
+from mmstabvim.engine.runner_access import (
+    as_if_resumed,
+    bare_model,
+    hooks_of,
+    optim_wrappers,
+)
 
 FILE_NAME = 'last_good.pth'
-
-
-def bare_model(runner: Runner) -> nn.Module:
-    """The model without a wrapper for distributed training."""
-    model = runner.model
-    return model.module if is_model_wrapper(model) else model
-
-
-def optim_wrappers(runner: Runner) -> list[OptimWrapper]:
-    """The optimizer wrappers of a runner, usually one."""
-    wrapper = runner.optim_wrapper
-    if isinstance(wrapper, OptimWrapperDict):
-        return list(wrapper.values())
-    return [wrapper]
-
-
-def _schedulers(runner: Runner) -> Iterator[Any]:
-    """Walk the parameter schedulers of a runner."""
-    schedulers = runner.param_schedulers or []
-    if isinstance(schedulers, dict):
-        schedulers = [s for group in schedulers.values() for s in group]
-    yield from schedulers
 
 
 def save_last_good(runner: Runner, epoch: int, iteration: int) -> bool:
@@ -53,7 +38,7 @@ def save_last_good(runner: Runner, epoch: int, iteration: int) -> bool:
         iteration (int): Number of finished iterations.
 
     Returns:
-        bool: Whether weights and the optimizer's state are finite.
+        bool: False where weights or the optimizer's state are not finite.
     """
     if _nonfinite_state(runner):
         return False
@@ -77,11 +62,11 @@ def remove_last_good(runner: Runner) -> None:
 
 
 def _nonfinite_state(runner: Runner) -> list[str]:
-    """Names of weights and optimizer states that are not finite."""
+    """List weights and optimizer states that are not finite."""
     named: list[tuple[str, Tensor]] = [
-        *bare_model(runner).state_dict().items()
+        *bare_model(runner.model).state_dict().items()
     ]
-    for wrapper in optim_wrappers(runner):
+    for wrapper in optim_wrappers(runner.optim_wrapper):
         for state in wrapper.optimizer.state.values():
             named += floating_tensors(state)
     return nonfinite_names(
@@ -118,10 +103,10 @@ def find_last_good(runner: Runner) -> tuple[str, int] | None:
 
 
 def _candidates(runner: Runner) -> Iterator[str]:
-    """Paths at which this run may have left a checkpoint."""
+    """Yield the paths at which this run may have left a checkpoint."""
     yield os.path.join(runner.work_dir, FILE_NAME)
-    for hook in runner.hooks:
-        if isinstance(hook, CheckpointHook) and hook.last_ckpt:
+    for hook in hooks_of(runner, CheckpointHook):
+        if hook.last_ckpt:
             yield str(hook.last_ckpt)
 
 
@@ -144,19 +129,16 @@ def roll_back(runner: Runner, path: str | None) -> None:
     # the generators go on, so that the same numbers are not drawn again
     checkpoint.pop('random_state', None)
     # a moving average is taken from the file in a resumed run only
-    resumed, runner._resume = runner._resume, True
-    try:
+    with as_if_resumed(runner):
         runner.call_hook('after_load_checkpoint', checkpoint=checkpoint)
-    finally:
-        runner._resume = resumed
-    bare_model(runner).load_state_dict(checkpoint['state_dict'])
+    bare_model(runner.model).load_state_dict(checkpoint['state_dict'])
     _load_optimizer_state(runner, checkpoint['optimizer'])
     _load_histories(runner, checkpoint['message_hub']['log_scalars'])
 
 
 def _load_optimizer_state(runner: Runner, state: dict[str, Any]) -> None:
     """Load the optimizer's state and keep its settings, as scheduled."""
-    wrappers = optim_wrappers(runner)
+    wrappers = optim_wrappers(runner.optim_wrapper)
     kept = [
         {key: value for key, value in group.items() if key != 'params'}
         for wrapper in wrappers
@@ -180,26 +162,3 @@ def _load_histories(
     for name, history in histories.items():
         if name.startswith('train/'):
             current[name] = history
-
-
-def scale_learning_rate(runner: Runner, factor: float) -> None:
-    """Multiply the learning rate, now and in the rest of the schedule.
-
-    Args:
-        runner (Runner): In training.
-        factor (float): Positive.
-    """
-    for wrapper in optim_wrappers(runner):
-        for group in wrapper.param_groups:
-            for key in ('lr', 'initial_lr', 'max_lr', 'min_lr'):
-                if key in group:
-                    group[key] = group[key] * factor
-    for scheduler in _schedulers(runner):
-        if scheduler.param_name != 'lr':
-            continue
-        for key in ('base_values', 'min_values', '_last_value'):
-            values = getattr(scheduler, key, None)
-            if values is not None:
-                setattr(scheduler, key, [v * factor for v in values])
-        if getattr(scheduler, 'eta_min', None) is not None:
-            scheduler.eta_min *= factor

@@ -9,13 +9,12 @@ import torch
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from mmstabvim.engine.divergence.trace import floating_tensors, largest_entry
-
-
-def loss_scaler(wrapper: OptimWrapper) -> Any:
-    """The scaler that lets float16 steps be skipped, None without one."""
-    scaler = getattr(wrapper, 'loss_scaler', None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
+from mmstabvim.engine.divergence.tensor_range import (
+    floating_tensors,
+    largest_entry,
+)
+from mmstabvim.engine.runner_access import loss_scaler
+from mmstabvim.hook_handles import HookHandles
 
 
 class StepWatch:
@@ -27,7 +26,7 @@ class StepWatch:
 
     Args:
         before_step (Callable[[], bool]): Called when the gradients of an
-            optimizer step are there; whether to take the step.
+            optimizer step are there; returns False to leave the step out.
     """
 
     def __init__(self, before_step: Callable[[], bool]) -> None:
@@ -38,9 +37,8 @@ class StepWatch:
         self.num_skipped = 0
         self._before_step = before_step
         self._taken: bool | Tensor = False
-        self._handles: list[Any] = []
-        self._watched: list[Any] = []
-        self._undo: list[Callable[[], None]] = []
+        self._armed = HookHandles()
+        self._watched = HookHandles()
 
     def begin(self, iteration: int) -> None:
         """Start an iteration."""
@@ -52,7 +50,7 @@ class StepWatch:
         for wrapper in wrappers:
             self._replace(wrapper, 'update_params', self._update_params)
             self._replace(wrapper, 'step', self._step)
-            self._handles.append(
+            self._armed.add(
                 wrapper.optimizer.register_step_pre_hook(self._note_step)
             )
 
@@ -64,33 +62,22 @@ class StepWatch:
         around = functools.partial(function, wrapper, original)
         functools.update_wrapper(around, original)
         if name in vars(wrapper):
-            undo = functools.partial(setattr, wrapper, name, original)
+            self._armed.callback(setattr, wrapper, name, original)
         else:
-            undo = functools.partial(delattr, wrapper, name)
+            self._armed.callback(delattr, wrapper, name)
         setattr(wrapper, name, around)
-        self._undo.append(undo)
 
     def disarm(self) -> None:
         """Leave everything as it was."""
-        self.stop_watching_activations()
-        for handle in self._handles:
-            handle.remove()
-        for undo in self._undo:
-            undo()
-        self._handles, self._undo = [], []
+        self._watched.close()
+        self._armed.close()
 
     def watch_activations(self, model: nn.Module) -> None:
         """Look at the outputs of all leaf modules in the next forward."""
         for name, module in model.named_modules():
             if next(module.children(), None) is None:
                 look = functools.partial(self._look, name)
-                self._watched.append(module.register_forward_hook(look))
-
-    def stop_watching_activations(self) -> None:
-        """Take the hooks away; what they have seen stays."""
-        for handle in self._watched:
-            handle.remove()
-        self._watched.clear()
+                self._watched.add(module.register_forward_hook(look))
 
     def _look(
         self, name: str, _module: nn.Module, _args: Any, output: Any
@@ -108,7 +95,7 @@ class StepWatch:
 
     def add_row(self, loss: Tensor) -> None:
         """Start the row of a step: loss, gradients, activations."""
-        self.stop_watching_activations()
+        self._watched.close()
         value = loss.detach().float().mean()
         gradient = activation = value.new_zeros(())
         if self.peaks:
@@ -157,6 +144,6 @@ class StepWatch:
         self.rows[-1][1][1] = peak
 
     def _note_step(self, optimizer: Any, *_: Any) -> None:
-        """A fused optimizer is called, and skips the step by itself."""
+        """Note a step; a fused optimizer is called for those it skips."""
         found_inf = getattr(optimizer, 'found_inf', None)
         self._taken = True if found_inf is None else found_inf == 0

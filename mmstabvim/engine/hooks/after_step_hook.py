@@ -1,13 +1,15 @@
-"""What the hooks that act inside each optimizer step have in common."""
+"""Base class of the hooks that act inside each optimizer step."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from mmengine.hooks import EMAHook, Hook
-from mmengine.optim import OptimWrapperDict
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
+
+from mmstabvim.engine.runner_access import averages_of
+from mmstabvim.hook_handles import HookHandles
 
 
 class AfterStepHook(Hook):
@@ -22,7 +24,7 @@ class AfterStepHook(Hook):
     priority = 'ABOVE_NORMAL'
 
     def __init__(self) -> None:
-        self._handles: list[Any] = []
+        self._handles = HookHandles()
 
     def act_on_average(self, runner: Runner, model: nn.Module) -> None:
         """Do to a model of averages what is done to the model."""
@@ -36,20 +38,18 @@ class AfterStepHook(Hook):
             if found_inf is None or not bool(found_inf):
                 act()
 
-        self._handles.append(optimizer.register_step_post_hook(after_step))
+        self._handles.add(optimizer.register_step_post_hook(after_step))
 
     def after_train(self, runner: Runner) -> None:
         """Disarm, so that a second run does not act twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._handles.close()
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Act on the averages that EMAHook is about to swap in."""
         self._act_on_averages(runner)
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """As before validation."""
+        """Act on averages before a test, too."""
         self._act_on_averages(runner)
 
     def before_save_checkpoint(
@@ -61,31 +61,3 @@ class AfterStepHook(Hook):
     def _act_on_averages(self, runner: Runner) -> None:
         for ema in averages_of(runner):
             self.act_on_average(runner, ema.module)
-
-
-def averages_of(runner: Runner) -> Iterator[Any]:
-    """The averaged models of a runner's ``EMAHook``."""
-    for hook in runner.hooks:
-        if isinstance(hook, EMAHook) and hasattr(hook, 'ema_model'):
-            yield hook.ema_model
-
-
-def optimizers_with(
-    wrapper: Any, parameters: Iterable[Tensor]
-) -> Iterator[Optimizer]:
-    """The optimizers that train one of these parameters.
-
-    Args:
-        wrapper (OptimWrapper | OptimWrapperDict): Of the runner.
-        parameters (Iterable[Tensor]): Some of the model's.
-    """
-    wanted = {id(p) for p in parameters}
-    wrappers = (
-        wrapper.values()
-        if isinstance(wrapper, OptimWrapperDict)
-        else [wrapper]
-    )
-    for one in wrappers:
-        groups = one.optimizer.param_groups
-        if any(id(p) in wanted for group in groups for p in group['params']):
-            yield one.optimizer

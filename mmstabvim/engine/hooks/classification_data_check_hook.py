@@ -8,7 +8,6 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmstabvim.engine.data_files import (
-    bare_model,
     exists,
     leaves,
     read_header,
@@ -20,6 +19,7 @@ from mmstabvim.engine.hooks.data_check_hook import (
     class_folders,
     class_names,
 )
+from mmstabvim.engine.runner_access import model_with
 from mmstabvim.registry import HOOKS
 
 
@@ -48,8 +48,8 @@ class ClassificationDataCheckHook(DataCheckHook):
     Every process checks by itself, so that all of them stop.
 
     Args:
-        samples (int): Images of each dataset that are looked into; 0 for
-            none. Defaults to 100.
+        samples (int): Number of images of each dataset that are opened; 0
+            for none. Defaults to 100.
 
     Raises:
         TypeError: If ``samples`` is no int.
@@ -63,13 +63,13 @@ class ClassificationDataCheckHook(DataCheckHook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Check the data, and what the validation counts."""
+        """Check the data, and the metrics of the validation."""
         super().before_train(runner)
         if runner.val_loop is not None:
             _check_topk('val', runner.val_loop)
 
     def before_test(self, runner: Runner) -> None:
-        """Check the data, and what the test counts."""
+        """Check the data, and the metrics of the test."""
         super().before_test(runner)
         _check_topk('test', runner.test_loop)
 
@@ -145,7 +145,7 @@ def _labels(dataset: Any) -> dict[int, str]:
 
 def _numbers_of_classes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Find each ``num_classes`` of a classifier, with its argument."""
-    model = bare_model(model, 'head')
+    model = model_with(model, 'head')
     head = getattr(model, 'head', None)
     loss = getattr(head, 'loss_module', None)
     for path, part in (('model.head', head), ('model.head.loss', loss)):

@@ -21,8 +21,8 @@ class DataCheckHook(Hook):
     Every process checks by itself, so that all of them stop.
 
     Args:
-        samples (int): Images of each dataset that are looked into; 0 for
-            none. Defaults to 100.
+        samples (int): Number of images of each dataset that are opened; 0
+            for none. Defaults to 100.
 
     Raises:
         TypeError: If ``samples`` is no int.
@@ -45,10 +45,10 @@ class DataCheckHook(Hook):
             name (str): Split, argument and type of the dataset.
             dataset (Any): One of MMEngine, in no wrapper, and not empty.
             model (nn.Module): Model of the run, in wrappers or not.
-            trains (bool): Whether it is the training set.
+            trains (bool): True for the training set.
 
         Returns:
-            str: Short account of what was looked at, for the log.
+            str: Short account of the check, for the log.
         """
         raise NotImplementedError
 
@@ -63,7 +63,7 @@ class DataCheckHook(Hook):
         self._trained_on = _names(meta.get('dataset_meta') or {})
 
     def before_train(self, runner: Runner) -> None:
-        """Check what is trained and validated on, and the test's classes."""
+        """Check the training and validation data, and the test's classes."""
         self.check_model(runner.model)
         datasets = {'train': runner.train_dataloader.dataset}
         if runner.val_loop is not None:
@@ -78,7 +78,7 @@ class DataCheckHook(Hook):
         self._trained_on = class_names(first)
 
     def before_test(self, runner: Runner) -> None:
-        """Check what is tested on."""
+        """Check the test data."""
         self.check_model(runner.model)
         dataset = runner.test_dataloader.dataset
         for leaf in leaves(dataset):
@@ -183,7 +183,7 @@ def _other_classes(
 
 
 def _difference(got: list[str], wanted: list[str]) -> str:
-    """Tell how two lists of classes differ."""
+    """Describe the difference of two lists of classes."""
     missing = [name for name in wanted if name not in got]
     added = [name for name in got if name not in wanted]
     parts = (('without', missing), ('and also', added))

@@ -1,45 +1,77 @@
 """Notice a divergence, find where it starts, report it, stop or go back."""
 
-import math
-import statistics
-from collections import deque
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import (
-    all_reduce,
-    barrier,
-    get_world_size,
-    is_main_process,
-)
+from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import Runner
 
-from mmstabvim.engine.divergence.examination import Alarm, Step, examine
+from mmstabvim.engine.divergence.alarm import (
+    Alarm,
+    LossHistory,
+    SpikeRule,
+    read_rows,
+)
+from mmstabvim.engine.divergence.examination import StepInputs, examine
 from mmstabvim.engine.divergence.record import snapshot_batch
 from mmstabvim.engine.divergence.report import Divergence, write_report
 from mmstabvim.engine.divergence.rollback import (
-    bare_model,
-    optim_wrappers,
     remove_last_good,
     roll_back,
     save_last_good,
-    scale_learning_rate,
 )
 from mmstabvim.engine.divergence.step_watch import StepWatch
-from mmstabvim.engine.hooks.random_state_hook import get_random_state
+from mmstabvim.engine.random_state import get_random_state
+from mmstabvim.engine.runner_access import (
+    bare_model,
+    optim_wrappers,
+    progress_after,
+    scale_learning_rate,
+)
+from mmstabvim.layers.state_matrix import state_matrices
 from mmstabvim.registry import HOOKS
+from mmstabvim.stability.inputs import check_choice
 
 ACTIONS = ('stop', 'rollback', 'continue')
+CHECKPOINT_KEY = 'divergence_hook'
+
+STABILIZERS = {
+    'SpectralNormalizationHook': 'bounds the spectral radius of the state '
+    'matrices',
+    'EigenvalueClampingHook': 'keeps their eigenvalues in the stable half '
+    'plane',
+    'StabilityLossHook': 'penalizes eigenvalues that leave it',
+}
+
+
+class _Progress:
+    """Progress of one training: inputs of a step, reports, a way back.
+
+    Attributes:
+        watch (StepWatch): Values of each step, on the device.
+        spikes (SpikeRule): Definition of a jump of the loss.
+        steps (list[StepInputs]): Iterations since the last optimizer step.
+        reported (set[str]): Causes that are not reported again.
+        healthy (bool): False once this iteration gave cause for alarm.
+        target (tuple[str, int], optional): Checkpoint to go back to, and its
+            iteration.
+    """
+
+    def __init__(self, watch: StepWatch, spikes: SpikeRule) -> None:
+        self.watch, self.spikes = watch, spikes
+        self.steps: list[StepInputs] = []
+        self.reported: set[str] = set()
+        self.healthy = True
+        self.target: tuple[str, int] | None = None
 
 
 @HOOKS.register_module()
 class DivergenceHook(Hook):
-    """Find out where a training run diverges, and stop it or take it back.
+    """Find the place where a training diverges; stop it or take it back.
 
     A run has diverged when its loss, a gradient or an activation is not
     finite, when its loss jumps, or when float16 training skips many steps in
@@ -48,7 +80,7 @@ class DivergenceHook(Hook):
     and every module is watched: the first tensor that is not finite, and the
     ranges of those before it, go into ``divergence_report.md`` in the folder
     of the run. The batch, the random state and the weights go into a file
-    beside it, from which :func:`mmstabvim.engine.divergence.record.replay`
+    beside it, from which :func:`mmstabvim.engine.divergence.replay`
     runs the step again. No number is ever replaced.
 
     During training a rolling checkpoint, ``last_good.pth`` in the work dir,
@@ -88,7 +120,7 @@ class DivergenceHook(Hook):
         spike_factor (float, optional): A loss above this many times the
             median of the last ones is a divergence; None for never. Defaults
             to 10.0.
-        spike_floor (float): No loss up to here is one. Defaults to 1.0.
+        spike_floor (float): No loss up to here is a jump. Defaults to 1.0.
         spike_window (int): Number of losses in the median. Defaults to 100.
         spike_warmup (int): Iterations before the first that can be a jump.
             Defaults to 100.
@@ -121,10 +153,7 @@ class DivergenceHook(Hook):
         lr_factor: float = 0.5,
         max_rollbacks: int = 3,
     ) -> None:
-        if action not in ACTIONS:
-            raise ValueError(
-                f'action must be one of {ACTIONS}, got {action!r}'
-            )
+        check_choice('action', action, ACTIONS)
         _check_ints(
             1,
             interval=interval,
@@ -138,28 +167,20 @@ class DivergenceHook(Hook):
             spike_warmup=spike_warmup,
             max_skipped=max_skipped,
         )
-        if spike_factor is not None and not spike_factor > 1:
-            raise ValueError(
-                f'spike_factor must be above 1 or None, got {spike_factor}'
-            )
         if not 0 < lr_factor <= 1:
             raise ValueError(f'lr_factor must be in (0, 1], got {lr_factor}')
         self.action, self.interval = action, interval
         self.activation_interval = activation_interval
         self.checkpoint_interval = checkpoint_interval
-        self.spike_factor, self.spike_floor = spike_factor, spike_floor
-        self.spike_warmup = spike_warmup
+        self.spikes = SpikeRule(
+            spike_factor, spike_floor, spike_window, spike_warmup
+        )
         self.max_skipped = max_skipped
         self.lr_factor, self.max_rollbacks = lr_factor, max_rollbacks
-        self.losses: deque[tuple[int, float]] = deque(maxlen=spike_window)
-        self.num_losses = self.num_divergences = self.num_rollbacks = 0
-        self._loaded: dict[str, Any] | None = None
-        self._reported: set[str] = set()
-        self._steps: list[Step] = []
-        self._healthy = True
-        self._going_back: tuple[str, int] | None = None
+        self.history = LossHistory()
+        self._loaded: dict[str, Any] = {}
 
-    # -------------------------------------------------- of the training loop
+    # ------------------------------------------------------ training loop
 
     def before_train(self, runner: Runner) -> None:
         """Get between model and optimizers; save what training starts from."""
@@ -169,50 +190,44 @@ class DivergenceHook(Hook):
                 f'{type(runner).__name__}'
             )
         # of a resumed run; a checkpoint may also be only where one starts
-        loaded = self._loaded if self._loaded and runner.iter else {}
-        self._loaded = None
-        self.losses.clear()
-        self.losses.extend(map(tuple, loaded.get('losses', [])))
-        for name in ('num_losses', 'num_divergences', 'num_rollbacks'):
-            setattr(self, name, loaded.get(name, 0))
-        self._reported, self._steps = set(), []
-        self._going_back, self._healthy = None, True
-        wrappers = optim_wrappers(runner)
-        self._factor = self.spike_factor or 0.0
-        if len(wrappers) > 1 and self._factor:
-            self._factor = 0.0
+        loaded = self._loaded if runner.iter else {}
+        self._loaded = {}
+        wrappers = optim_wrappers(runner.optim_wrapper)
+        spikes = self.spikes
+        if len(wrappers) > 1 and spikes.factor is not None:
+            spikes = SpikeRule(None)
             print_log(
                 'DivergenceHook: several optimizers, so losses are of several '
                 'kinds and no jump is looked for',
                 logger='current',
             )
-        self._watch = StepWatch(partial(self._before_step, runner))
-        self._watch.arm(wrappers)
+        watch = StepWatch(partial(self._before_step, runner))
+        self.history = LossHistory.load(loaded, self.spikes.window)
+        self._now = _Progress(watch, spikes)
+        watch.arm(wrappers)
         if self.checkpoint_interval:
             self._save(runner, runner.epoch, runner.iter)
 
     def after_train(self, runner: Runner) -> None:
         """Let go of the optimizers; tidy up after a good run."""
-        self._watch.disarm()
-        if self.checkpoint_interval and not self.num_divergences:
+        self._now.watch.disarm()
+        if self.checkpoint_interval and not self.history.num_divergences:
             remove_last_good(runner)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         """Remember how the iteration starts."""
-        self._watch.begin(runner.iter + 1)
-        self._healthy = True
-        self._steps.append(
-            Step(
-                runner.iter + 1, snapshot_batch(data_batch), get_random_state()
-            )
-        )
+        now, iteration = self._now, runner.iter + 1
+        now.watch.begin(iteration)
+        now.healthy = True
+        batch = snapshot_batch(data_batch)
+        now.steps.append(StepInputs(iteration, batch, get_random_state()))
         # code that is compiled would be compiled again for the hooks
         if not runner.cfg.get('compile') and _every(
             runner.iter, self.activation_interval
         ):
-            self._watch.watch_activations(bare_model(runner))
+            now.watch.watch_activations(bare_model(runner.model))
 
     def after_train_iter(
         self,
@@ -222,7 +237,7 @@ class DivergenceHook(Hook):
         outputs: dict | None = None,
     ) -> None:
         """Look at what no optimizer step has looked at; go back or save."""
-        watch = self._watch
+        now, watch = self._now, self._now.watch
         loss = (outputs or {}).get('loss')
         if not watch.has_loss and loss is not None:
             watch.add_row(torch.as_tensor(loss))
@@ -231,107 +246,66 @@ class DivergenceHook(Hook):
             detail = f'{watch.num_skipped} steps in a row'
             self._act(runner, Alarm('skipped', detail, watch.iteration, True))
             watch.num_skipped = 0
-        if self._going_back is not None:
-            self._roll_back(runner)
-        elif self._healthy and _every(
-            runner.iter + 1, self.checkpoint_interval
-        ):
-            self._save(runner, *_progress(runner, batch_idx))
+        if now.target is not None:
+            self._roll_back(runner, *now.target)
+        elif now.healthy and _every(runner.iter + 1, self.checkpoint_interval):
+            self._save(runner, *progress_after(runner, batch_idx))
         if not watch.rows and all(
-            wrapper.should_update() for wrapper in optim_wrappers(runner)
+            wrapper.should_update()
+            for wrapper in optim_wrappers(runner.optim_wrapper)
         ):
-            self._steps.clear()
+            now.steps.clear()
 
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
         """Keep the losses and the number of rollbacks for a resumed run."""
-        checkpoint['divergence_hook'] = dict(
-            losses=[list(item) for item in self.losses],
-            num_losses=self.num_losses,
-            num_divergences=self.num_divergences,
-            num_rollbacks=self.num_rollbacks,
-        )
+        checkpoint[CHECKPOINT_KEY] = self.history.save()
 
     def after_load_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
         """Take them from the checkpoint when training is resumed."""
-        self._loaded = checkpoint.get('divergence_hook')
+        self._loaded = checkpoint.get(CHECKPOINT_KEY) or {}
 
     # ------------------------------------------------------------ noticing
 
     def _before_step(self, runner: Runner) -> bool:
-        """Inspect before an optimizer step; whether to take it."""
+        """Inspect before an optimizer step; False to leave it out."""
         self._inspect(runner)
-        return self._going_back is None
+        return self._now.target is None
 
     def _inspect(self, runner: Runner) -> None:
-        """Read the rows of all steps since the last time, if it is time."""
-        done = runner.iter + 1
-        rows = self._watch.rows
+        """Read all steps since the last inspection, if it is time."""
+        watch, done = self._now.watch, runner.iter + 1
         due = (
             _every(done, self.interval)
             or _every(done, self.checkpoint_interval)
             or done >= runner.max_iters
-            or bool(self._watch.peaks)
+            or bool(watch.peaks)
         )
-        if not rows or not due:
+        if not watch.rows or not due:
             return
-        self._watch.rows = []
-        iterations = [iteration for iteration, _ in rows]
-        values = _read(torch.stack([row for _, row in rows]))
-        for iteration, row in zip(iterations, values, strict=True):
-            alarm = self._judge(iteration, *row)
+        rows, watch.rows = watch.rows, []
+        for values in read_rows(rows):
+            alarm = self.history.judge(values, self._now.spikes)
             if alarm is not None:
                 self._act(runner, alarm)
-
-    def _judge(
-        self,
-        iteration: int,
-        here: list[float],
-        mean_loss: float,
-        anywhere: list[bool],
-    ) -> Alarm | None:
-        """Find the cause of alarm in one iteration, if any."""
-        causes = ('loss', 'gradient', 'activation')
-        # what comes first in an iteration is nearest to the origin
-        for index in (2, 0, 1):
-            if anywhere[index]:
-                value = here[index]
-                bad = not math.isfinite(value)
-                detail = f'{value}' if bad else 'on another rank'
-                return Alarm(causes[index], detail, iteration, bad)
-        alarm = None
-        if self._is_spike(mean_loss):
-            median = statistics.median(loss for _, loss in self.losses)
-            detail = f'{mean_loss:.6g}, after a median of {median:.6g}'
-            alarm = Alarm('spike', detail, iteration, True)
-        self.losses.append((iteration, mean_loss))
-        self.num_losses += 1
-        return alarm
-
-    def _is_spike(self, loss: float) -> bool:
-        """Whether a finite loss is far above the last ones."""
-        if not self._factor or not self.losses:
-            return False
-        if self.num_losses < self.spike_warmup or loss <= self.spike_floor:
-            return False
-        median = statistics.median(value for _, value in self.losses)
-        return 0 < self._factor * median < loss
 
     # -------------------------------------------------------------- acting
 
     def _act(self, runner: Runner, alarm: Alarm) -> None:
         """Examine, report, and do what ``action`` says."""
-        self._healthy = False
-        if alarm.cause in self._reported or self._going_back is not None:
+        now, history = self._now, self.history
+        now.healthy = False
+        if alarm.cause in now.reported or now.target is not None:
             return
         if self.action == 'continue':
-            self._reported.add(alarm.cause)
-        self.num_divergences += 1
-        divergence = examine(runner, alarm, self._steps, self._watch)
-        divergence.losses = list(self.losses)
+            now.reported.add(alarm.cause)
+        history.num_divergences += 1
+        divergence = examine(runner, alarm, now.steps, now.watch)
+        divergence.losses = list(history.losses)
+        divergence.advice = _advise(runner, divergence.hooks)
         late = runner.iter + 1 - alarm.iteration
         if late:
             divergence.notes.append(
@@ -341,7 +315,7 @@ class DivergenceHook(Hook):
         stop = self._decide(divergence)
         report = self._report(runner, divergence)
         runner.message_hub.update_scalar(
-            'train/stab/divergence', float(self.num_divergences)
+            'train/stab/divergence', float(history.num_divergences)
         )
         message = f'training diverged at {divergence.headline()}; see {report}'
         if stop:
@@ -349,7 +323,8 @@ class DivergenceHook(Hook):
         runner.logger.warning(message)
 
     def _decide(self, divergence: Divergence) -> bool:
-        """Whether to stop; note in the report what happens instead."""
+        """Choose the reaction and note it; True to stop the training."""
+        history = self.history
         if self.action == 'continue':
             divergence.outcome = (
                 "Training goes on as it is (action='continue'); this kind of "
@@ -364,25 +339,26 @@ class DivergenceHook(Hook):
                 'Training was stopped: there is no checkpoint to go back to.'
             )
             return True
-        if self.num_rollbacks >= self.max_rollbacks:
+        if history.num_rollbacks >= self.max_rollbacks:
             divergence.outcome = (
-                f'Training was stopped after {self.num_rollbacks} rollbacks.'
+                f'Training was stopped after {history.num_rollbacks} '
+                'rollbacks.'
             )
             return True
-        self.num_rollbacks += 1
+        history.num_rollbacks += 1
         path, iteration = divergence.checkpoint
         divergence.outcome = (
             f'Training was rolled back to `{path}` (after {iteration} '
             f'iterations) and goes on with {self.lr_factor} times the '
-            f'learning rate (rollback {self.num_rollbacks} of '
+            f'learning rate (rollback {history.num_rollbacks} of '
             f'{self.max_rollbacks}).'
         )
-        self._going_back = divergence.checkpoint
+        self._now.target = divergence.checkpoint
         return False
 
     def _report(self, runner: Runner, divergence: Divergence) -> Path:
         """Write the report, on the main process."""
-        count = self.num_divergences
+        count = self.history.num_divergences
         suffix = f'_{count}' if count > 1 else ''
         path = Path(runner.log_dir, f'divergence_report{suffix}.md')
         if is_main_process():
@@ -396,31 +372,28 @@ class DivergenceHook(Hook):
         """End training on every rank, with everything written out."""
         # a rank that ends earlier would take the one that writes with it
         barrier()
-        self._watch.disarm()
-        runner.visualizer.add_scalar(
-            'stab/divergence', float(self.num_divergences), runner.iter + 1
-        )
+        self._now.watch.disarm()
+        count = float(self.history.num_divergences)
+        runner.visualizer.add_scalar('stab/divergence', count, runner.iter + 1)
         runner.visualizer.close()
         runner.logger.error(message)
         for handler in runner.logger.handlers:
             handler.flush()
         raise RuntimeError(message)
 
-    def _roll_back(self, runner: Runner) -> None:
+    def _roll_back(self, runner: Runner, path: str, iteration: int) -> None:
         """Take the state of the last good checkpoint, at a lower rate."""
-        path, iteration = self._going_back or ('', 0)
-        self._going_back = None
+        now, history = self._now, self.history
+        now.target = None
         roll_back(runner, path)
         scale_learning_rate(runner, self.lr_factor)
-        self._loaded = None
-        self._watch.num_skipped = 0
-        kept = [item for item in self.losses if item[0] <= iteration]
-        self.losses.clear()
-        self.losses.extend(kept)
-        self._steps.clear()
+        self._loaded = {}
+        now.watch.num_skipped = 0
+        history.forget_after(iteration)
+        now.steps.clear()
         hub = runner.message_hub
-        hub.update_scalar('train/stab/divergence', self.num_divergences)
-        hub.update_scalar('train/stab/rollback', self.num_rollbacks)
+        hub.update_scalar('train/stab/divergence', history.num_divergences)
+        hub.update_scalar('train/stab/rollback', history.num_rollbacks)
         runner.logger.warning(
             f'rolled back to {path}, after {iteration} iterations, with '
             f'{self.lr_factor} times the learning rate'
@@ -435,8 +408,19 @@ class DivergenceHook(Hook):
             )
 
 
+def _advise(runner: Runner, used: list[str]) -> list[str]:
+    """Name the stabilizers that could be added, if the model has matrices."""
+    if not state_matrices(bare_model(runner.model)):
+        return []
+    return [
+        f"Add `dict(type='mmstabvim.{name}')` to `custom_hooks`: it {effect}."
+        for name, effect in STABILIZERS.items()
+        if name not in ' '.join(used)
+    ]
+
+
 def _check_ints(least: int, **values: int) -> None:
-    """Refuse what is no whole number or too small."""
+    """Refuse a value that is no whole number or too small."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise ValueError(f'{name} must be an int, got {value!r}')
@@ -445,27 +429,5 @@ def _check_ints(least: int, **values: int) -> None:
 
 
 def _every(count: int, interval: int) -> bool:
-    """Whether it is time; an interval of 0 is never."""
+    """Tell if it is time; an interval of 0 is never."""
     return interval > 0 and count % interval == 0
-
-
-def _progress(runner: Runner, batch_idx: int) -> tuple[int, int]:
-    """Epochs and iterations finished at the end of an iteration."""
-    epoch = runner.epoch
-    if isinstance(runner.train_loop, EpochBasedTrainLoop):
-        epoch += batch_idx + 1 == len(runner.train_dataloader)
-    return epoch, runner.iter + 1
-
-
-def _read(rows: torch.Tensor) -> Iterable[tuple]:
-    """Bring rows to the host, joined over ranks, with one wait.
-
-    Yields for each the numbers of this rank, the mean loss and, for each
-    number, whether it is not finite on any rank.
-    """
-    bad = (~torch.isfinite(rows)).float()
-    shared = torch.cat([rows[:, :1], bad], dim=1)
-    if get_world_size() > 1:
-        all_reduce(shared, 'mean')
-    for row in torch.cat([rows, shared], dim=1).tolist():
-        yield row[:3], row[3], [share > 0 for share in row[4:]]

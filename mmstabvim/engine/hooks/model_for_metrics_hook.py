@@ -1,11 +1,11 @@
-"""Give the model to metrics that look at more than its predictions."""
+"""Give the model to metrics that need more than its predictions."""
 
 from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmstabvim.engine.hooks.stabilizer_hook import bare_model
+from mmstabvim.engine.runner_access import bare_model
 from mmstabvim.registry import HOOKS
 
 

@@ -1,6 +1,5 @@
 """Save and restore the random number generators with a checkpoint."""
 
-import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from mmstabvim.engine.random_state import get_random_state, set_random_state
 from mmstabvim.registry import HOOKS
 
 
@@ -38,7 +38,7 @@ class RandomStateHook(Hook):
     def before_save_checkpoint(
         self, runner: Runner, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the state; during validation that from before it."""
+        """Store the state; during a validation the one from before it."""
         checkpoint['random_state'] = self._before_val or get_random_state()
 
     def after_load_checkpoint(
@@ -74,31 +74,6 @@ class RandomStateHook(Hook):
         self._before_val = None
 
 
-def get_random_state() -> dict[str, Any]:
-    """States of all generators, as tensors and plain Python objects."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    words = numpy_state['state']['key'].astype(np.int64)
-    numpy_state['state']['key'] = torch.from_numpy(words)
-    return dict(
-        python=random.getstate(),
-        numpy=numpy_state,
-        torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state_all(),
-    )
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Undo :func:`get_random_state`."""
-    random.setstate(state['python'])
-    numpy_state = copy.deepcopy(state['numpy'])
-    words = numpy_state['state']['key'].cpu().numpy().astype(np.uint32)
-    numpy_state['state']['key'] = words
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(state['torch'].cpu())
-    if len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state['cuda']])
-
-
 def _restore(state: dict[str, Any]) -> None:
     """Restore; ranks other than 0 get numbers of their own."""
     set_random_state(state)
@@ -116,7 +91,7 @@ class _RestoreAfter:
     Args:
         batches (Iterator): The loop's own.
         count (int): Number of batches before the state is restored.
-        state (dict): As of :func:`get_random_state`.
+        state (dict): Result of :func:`.get_random_state`.
     """
 
     def __init__(
@@ -129,7 +104,7 @@ class _RestoreAfter:
         return self
 
     def __next__(self) -> Any:
-        """Give the next batch, after the restoration where it is due."""
+        """Return the next batch, after the restoration where it is due."""
         if self._left == 0:
             _restore(self._state)
         self._left -= 1

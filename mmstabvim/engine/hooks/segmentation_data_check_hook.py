@@ -9,7 +9,6 @@ from torch import nn
 
 from mmstabvim.engine.data_files import (
     UNREADABLE,
-    bare_model,
     exists,
     folders,
     open_image,
@@ -21,6 +20,7 @@ from mmstabvim.engine.hooks.data_check_hook import (
     check_count,
     class_names,
 )
+from mmstabvim.engine.runner_access import model_with
 from mmstabvim.engine.segmentor_check import check_segmentor
 from mmstabvim.registry import HOOKS
 
@@ -84,7 +84,7 @@ class SegmentationDataCheckHook(DataCheckHook):
         self.decoded = check_count('decoded', decoded)
 
     def check_model(self, model: nn.Module) -> None:
-        """Check what the backbone returns."""
+        """Check that the parts of the model fit."""
         check_segmentor(model)
 
     def check_leaf(
@@ -114,8 +114,8 @@ class SegmentationDataCheckHook(DataCheckHook):
 
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Heads that learn the dataset's classes, of a model in any wrapper."""
-    model = bare_model(model, 'decode_head')
+    """Yield the heads that learn the dataset's classes, with their names."""
+    model = model_with(model, 'decode_head')
     for name in ('decode_head', 'auxiliary_head'):
         head = getattr(model, name, None)
         heads = {name: head}
@@ -128,7 +128,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _reads_masks(node: Any) -> bool:
-    """Whether a pipeline loads masks from files, perhaps in a branch."""
+    """Tell if a pipeline loads masks from files, perhaps in a branch."""
     # here, because it is slow to import
     from mmcv.transforms import LoadAnnotations
 
@@ -279,7 +279,7 @@ def _check_losses(name: str, info: dict, heads: dict[str, Any]) -> None:
 
 
 def _weighs_ignored(loss: Any, head: Any) -> bool:
-    """Whether a loss fails at an ignored pixel, as MMSegmentation 1.2.2's."""
+    """Tell if a loss fails at an ignored pixel, as in MMSegmentation 1.2.2."""
     softmax = type(loss).__name__ == 'CrossEntropyLoss' and not (
         loss.use_sigmoid or loss.use_mask
     )
@@ -295,7 +295,7 @@ def _weighs_ignored(loss: Any, head: Any) -> bool:
 
 
 def _count_labels(mask: np.ndarray) -> tuple[list[int], list[int]]:
-    """Labels of a mask and in how many pixels they are."""
+    """Return the labels of a mask and their numbers of pixels."""
     if mask.dtype == np.uint8:  # quicker than to sort the pixels
         counts = np.bincount(mask.ravel())
         labels = np.flatnonzero(counts)
@@ -305,7 +305,7 @@ def _count_labels(mask: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def _loaded_label(info: dict, label: int) -> int:
-    """What ``LoadAnnotations`` makes of a label in a file."""
+    """Convert a label in a file as ``LoadAnnotations`` does."""
     if info.get('reduce_zero_label'):
         label = 255 if label in (0, 255) else label - 1
     return (info.get('label_map') or {}).get(label, label)

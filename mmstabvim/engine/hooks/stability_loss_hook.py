@@ -9,10 +9,10 @@ from torch import nn
 
 from mmstabvim.engine.hooks.stabilizer_hook import (
     StabilizerHook,
-    bare_model,
     find_matrices,
 )
 from mmstabvim.engine.learning_rate_budget import say_if_out_of_reach
+from mmstabvim.engine.runner_access import bare_model
 from mmstabvim.registry import HOOKS, MODELS
 
 CHECKPOINT_KEY = 'stability_losses'

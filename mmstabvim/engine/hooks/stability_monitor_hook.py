@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mmstabvim.engine.hooks.stabilizer_hook import (
     StabilizerHook,
-    bare_model,
     optimizers_of,
 )
+from mmstabvim.engine.runner_access import bare_model
 from mmstabvim.layers.selective_ssm import SelectiveSSM
 from mmstabvim.layers.state_matrix import (
     FullStateMatrix,

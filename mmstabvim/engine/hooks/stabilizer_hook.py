@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 from torch.optim import Optimizer
 
 from mmstabvim.engine.free_parameters import join, restore, separate
-from mmstabvim.engine.hooks.after_step_hook import (
-    AfterStepHook,
+from mmstabvim.engine.hooks.after_step_hook import AfterStepHook
+from mmstabvim.engine.runner_access import (
     averages_of,
+    bare_model,
     optimizers_with,
 )
 from mmstabvim.engine.weight_reparametrization import live_and_average
@@ -228,11 +228,6 @@ def find_matrices(runner: Runner, what: str) -> dict[str, StateMatrix]:
             "it needs a backbone such as 'mmstabvim.VisionMamba'"
         )
     return matrices
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """The model inside a wrapper for distributed training."""
-    return cast(nn.Module, model.module) if is_model_wrapper(model) else model
 
 
 def _hooks(runner: Runner, mode: str) -> list[StabilizerHook]:

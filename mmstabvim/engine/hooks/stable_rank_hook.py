@@ -1,5 +1,6 @@
 """Bound the stable ranks of weights during training."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -9,11 +10,12 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from mmstabvim.engine.hooks.after_step_hook import (
-    AfterStepHook,
+from mmstabvim.engine.hooks.after_step_hook import AfterStepHook
+from mmstabvim.engine.runner_access import (
+    bare_model,
+    is_resumed,
     optimizers_with,
 )
-from mmstabvim.engine.hooks.stabilizer_hook import bare_model
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.inputs import check_choice
 from mmstabvim.stability.weights.kernel_normalization import (
@@ -47,13 +49,14 @@ class StableRankHook(AfterStepHook):
     circulant matrices.
 
     Args:
-        targets (dict[str, float], optional): From name patterns of layers, as
-            in :class:`WeightSpectralNormHook`, to the share of the largest
-            stable rank that a weight may have, in (0, 1]: of min(m, n) for
-            matrices, but at least 1, of the number of tokens or pixels for
-            kernels, whose share cannot be less than 1 / taps. Defaults to 0.3
+        targets (dict[str, float], optional): Share of the largest stable
+            rank that a weight may have, in (0, 1], by name patterns of layers
+            as in :class:`WeightSpectralNormHook`. The largest one is
+            min(m, n) for matrices, whose target is at least 1, and the number
+            of tokens or pixels for kernels, whose share cannot be less than
+            1 / taps. Defaults to 0.3
             for the projections of a Vision Mamba and 0.5 for its convolution.
-        preserved (int): How many singular values of a matrix keep their
+        preserved (int): Number of singular values of a matrix that keep their
             value; with 2 or more the target may become too low for them,
             which is an error. Defaults to 1.
         mode (str): ``'reduce'``, or ``'equal'`` to raise the stable ranks of
@@ -62,7 +65,8 @@ class StableRankHook(AfterStepHook):
         solver (str): ``'exact'``, or ``'rgd'`` or ``'srn_c'``, which miss the
             target, see :func:`normalize_kernel_stable_rank`; for kernels.
             Defaults to ``'exact'``.
-        solver_options (dict, optional): Of the solver. Defaults to None.
+        solver_options (dict, optional): Options of the solver. Defaults to
+            None.
         length (int | Sequence[int], optional): Period of the circulant
             matrices: tokens, or rows and columns. Defaults to None, the
             number of tokens of the model's :class:`VisionMamba`.
@@ -115,7 +119,7 @@ class StableRankHook(AfterStepHook):
         self._groups = self._group(model)
         self._say_if_idle()
         # between two times that it acts a resumed run has free weights
-        resumed = self._loaded if runner._resume else None
+        resumed = self._loaded if is_resumed(runner) else None
         self.steps = resumed['steps'] if resumed else 0
         if self.steps % self.interval == 0:
             self._project_and_report()
@@ -137,7 +141,7 @@ class StableRankHook(AfterStepHook):
         self._loaded = checkpoint.get(CHECKPOINT_KEY)
 
     def act_on_average(self, runner: Runner, model: nn.Module) -> None:
-        """The rule holds for averages too, which might break it."""
+        """Apply the rule to averages, which might break it."""
         for group in self._group(model):
             self._project(group)
 
@@ -176,7 +180,7 @@ class StableRankHook(AfterStepHook):
             weight.copy_(new.reshape(weight.shape))
 
     def _group(self, model: nn.Module) -> list['_Group']:
-        """The layers by shape and target; none before training."""
+        """Group the layers by shape and target; none before training."""
         length = self.length or _token_count(model)
         groups: dict[tuple, dict[str, nn.Module]] = {}
         for name, share in self._shares.items():
@@ -191,7 +195,7 @@ class StableRankHook(AfterStepHook):
         return [_Group(members, *key[:2]) for key, members in groups.items()]
 
     def _project_and_report(self) -> None:
-        """Apply the rule for the first time, and log what it did."""
+        """Apply the rule for the first time, and log its effect."""
         before = [group.shares() for group in self._groups]
         self.project()
         lines = []
@@ -215,7 +219,7 @@ class StableRankHook(AfterStepHook):
                 f'StableRankHook never changes {", ".join(idle)}: a share of '
                 '1 is no bound',
                 logger='current',
-                level=30,
+                level=logging.WARNING,
             )
 
 
@@ -223,7 +227,7 @@ class _Group(NamedTuple):
     """Layers whose weights have one shape and one target.
 
     Attributes:
-        layers (Mapping[str, Module]): By name.
+        layers (Mapping[str, Module]): The layers, by name.
         rank (float): Largest stable rank.
         size (tuple[int, ...] | None): Period of depthwise kernels, None for
             matrices.
@@ -234,12 +238,12 @@ class _Group(NamedTuple):
     size: tuple[int, ...] | None
 
     def weights(self) -> list[Tensor]:
-        """The parameters, in the order of the layers."""
+        """List the parameters, in the order of the layers."""
         return [weight_parameter(layer) for layer in self.layers.values()]
 
     @torch.no_grad()
     def stack(self) -> Tensor:
-        """Matrices (layers, m, n) or kernels (layers, channels, *taps)."""
+        """Stack matrices (layers, m, n) or kernels (layers, channels, ...)."""
         stacked = torch.stack(self.weights())
         finite = torch.isfinite(stacked).flatten(1).all(-1)
         if not finite.all():
@@ -248,7 +252,7 @@ class _Group(NamedTuple):
         return stacked.flatten(2) if self.size is None else stacked.squeeze(2)
 
     def shares(self) -> Tensor:
-        """Stable ranks over the largest possible one, any shape."""
+        """Return stable ranks over the largest possible one, any shape."""
         weights = self.stack()
         if self.size is None:
             return stable_rank(weights) / min(weights.shape[1:])
@@ -274,7 +278,7 @@ def _check_numbers(
 def _shares_by_layer(
     model: nn.Module, targets: Mapping[str, float]
 ) -> dict[str, float]:
-    """Shares of the layers that are trained, by name."""
+    """Find the shares of the layers that are trained, by name."""
     shares: dict[str, float] = {}
     for pattern, share in targets.items():
         for name, layer in find_layers(model, [pattern]).items():
@@ -291,7 +295,7 @@ def _shares_by_layer(
 
 
 def _acts_as_matrix(name: str, layer: Any) -> bool:
-    """Whether a layer is one matrix for each patch, or depthwise kernels."""
+    """Tell a layer that is one matrix for each patch from kernels."""
     if isinstance(layer, nn.Linear):
         return True
     ones = tuple(1 for _ in layer.kernel_size)
@@ -308,7 +312,7 @@ def _acts_as_matrix(name: str, layer: Any) -> bool:
 
 
 def _token_count(model: nn.Module) -> int | None:
-    """Number of tokens of the model's Vision Mamba, None without one."""
+    """Count the tokens of the model's Vision Mamba, None without one."""
     for module in model.modules():
         if hasattr(module, 'grid') and hasattr(module, 'num_extra_tokens'):
             rows, columns = cast(Any, module).grid
@@ -319,7 +323,7 @@ def _token_count(model: nn.Module) -> int | None:
 def _grid(
     name: str, length: int | Sequence[int] | None, taps: Sequence[int]
 ) -> tuple[int, ...]:
-    """Period of a layer's kernels."""
+    """Return the period of a layer's kernels."""
     size = (length,) if isinstance(length, int) else tuple(length or ())
     if len(size) != len(taps):
         raise ValueError(
@@ -332,7 +336,7 @@ def _grid(
 def _target_rank(
     name: str, weight: Tensor, share: float, size: tuple[int, ...] | None
 ) -> float:
-    """Stable rank that a share stands for."""
+    """Return the stable rank that a share stands for."""
     if size is None:
         return max(1.0, share * min(weight.flatten(1).shape))
     taps = math.prod(weight.shape[2:])

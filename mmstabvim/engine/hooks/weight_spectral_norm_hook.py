@@ -10,21 +10,24 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mmstabvim.engine.hooks.after_step_hook import (
-    AfterStepHook,
+from mmstabvim.engine.hooks.after_step_hook import AfterStepHook
+from mmstabvim.engine.hooks.stabilizer_hook import MODES
+from mmstabvim.engine.runner_access import (
     averages_of,
+    bare_model,
+    hooks_of,
+    is_resumed,
     optimizers_with,
+    refresh_average,
+    wrap_again,
 )
-from mmstabvim.engine.hooks.stabilizer_hook import MODES, bare_model
 from mmstabvim.engine.weight_reparametrization import (
     RawStates,
     join,
     live_and_average,
-    refresh_average,
     restore,
     separate,
     train_with,
-    wrap_again,
 )
 from mmstabvim.registry import HOOKS
 from mmstabvim.stability.inputs import check_choice
@@ -49,8 +52,8 @@ CHECKPOINT_KEY = 'weight_spectral_norm'
 class WeightSpectralNormHook(AfterStepHook):
     """``W <- W / max(1, norm(W) / max_norm)`` after each optimizer step.
 
-    The norm is the largest singular value of what the layer does to its
-    input, biases aside: exact for linear layers and for patch embeddings
+    The norm is the largest singular value of the layer as a linear map of its
+    input, without the bias: exact for linear layers and for patch embeddings
     whose patches do not overlap, at most 0.07 % too large for depthwise
     convolutions along a sequence, a bound for other convolutions.
 
@@ -144,7 +147,7 @@ class WeightSpectralNormHook(AfterStepHook):
         layers = self._find(runner)
         self.names = tuple(layers)
         self._refuse_overlap(runner)
-        loaded = self._loaded if runner._resume else {}
+        loaded = self._loaded if is_resumed(runner) else {}
         self._set_bounds(layers, loaded.get('bounds', {}))
         if self.mode == 'reparam':
             self._reparametrize(runner, loaded.get('raw', {}))
@@ -191,27 +194,25 @@ class WeightSpectralNormHook(AfterStepHook):
         project_norms_(self._groups, self.bounds, self.rule, steps)
 
     def norms(self, runner: Runner) -> dict[str, float]:
-        """The layers' norms now, exact or bounds; changes nothing."""
+        """Return the layers' norms, exact or bounds; changes nothing."""
         return layer_norms(self._find(runner))
 
     def _find(self, runner: Runner) -> dict[str, nn.Module]:
         return find_layers(bare_model(runner.model), self.patterns)
 
     def _refuse_overlap(self, runner: Runner) -> None:
-        """Two hooks that pull one weight to two norms are a mistake."""
-        for hook in runner.hooks:
-            if isinstance(hook, WeightSpectralNormHook) and hook is not self:
-                shared = set(hook.names) & set(self.names)
-                if shared:
-                    raise ValueError(
-                        'two hooks choose the same layers: '
-                        f'{sorted(shared)[:5]}'
-                    )
+        """Refuse two hooks that pull one weight to two norms."""
+        for hook in hooks_of(runner, WeightSpectralNormHook):
+            shared = set(hook.names) & set(self.names)
+            if hook is not self and shared:
+                raise ValueError(
+                    f'two hooks choose the same layers: {sorted(shared)[:5]}'
+                )
 
     def _set_bounds(
         self, layers: dict[str, nn.Module], loaded: dict[str, float]
     ) -> None:
-        """The bound of each layer; that of the start if this counts."""
+        """Set the bound of each layer, the norm at the start for ``init``."""
         if self.max_norm != 'init':
             self.bounds = dict.fromkeys(layers, float(self.max_norm))
             return
@@ -225,7 +226,7 @@ class WeightSpectralNormHook(AfterStepHook):
     def _start(
         self, layers: dict[str, nn.Module], loaded: dict[str, Any]
     ) -> None:
-        """Project what was not projected before, and find its vectors."""
+        """Project the weights that were not projected before."""
         for name, layer in layers.items():
             if parametrize.is_parametrized(layer, 'weight'):
                 raise ValueError(

@@ -35,8 +35,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     logged as one table.
 
     Args:
-        optim_wrapper_cfg (dict): Of the optimizer wrapper, with ``lr`` in
-            its ``optimizer``.
+        optim_wrapper_cfg (dict): Config of the optimizer wrapper, with
+            ``lr`` in its ``optimizer``.
         paramwise_cfg (dict): ``layer_decay_rate`` (float), in (0, 1]; 1
             decays nothing. The rest is that of mmengine's
             ``DefaultOptimWrapperConstructor``; ``lr_mult`` and
@@ -77,8 +77,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             module (nn.Module): The model, or a part of it.
             prefix (str): Name of the part; empty for the model. Defaults to
                 ``''``.
-            is_dcn_module (bool, optional): Whether the part is in a
-                deformable convolution. Defaults to None.
+            is_dcn_module (bool, optional): True inside a deformable
+                convolution. Defaults to None.
         """
         if prefix:  # mmengine walks the parts
             super().add_params(params, module, prefix, is_dcn_module)
@@ -118,7 +118,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _settings(
         self, single: dict[str, Any], depth: int, depths: int
     ) -> dict[str, Any]:
-        """Everything about a group but its parameters."""
+        """Return the settings of a group, without its parameters."""
         scale = self.paramwise_cfg['layer_decay_rate'] ** (depths - 1 - depth)
         settings = dict(single, layer_depth=depth, lr_scale=scale)
         # mmengine leaves the multipliers of a custom key in its groups
@@ -131,7 +131,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _depth_function(model: nn.Module) -> Callable[[str], tuple[int, int]]:
-    """Find who tells the depth of a parameter of ``model``."""
+    """Return the function that gives the depth of a parameter."""
     backbone: Any = getattr(model, 'backbone', None)
     prefix = 'backbone.'
     if backbone is None:  # the model is one
@@ -165,7 +165,7 @@ def _without_parameter_lines() -> Iterator[None]:
 def _format_groups(
     groups: list[tuple[dict[str, Any], list[str]]], model: nn.Module
 ) -> str:
-    """A table of the groups, and of what is frozen."""
+    """Tabulate the groups and the frozen parameters."""
     table = Table(box=MARKDOWN)  # ASCII only, for log files
     for column in ('depth', 'scale', 'lr', 'decay', 'tensors', 'parameters'):
         table.add_column(column, justify='right')
@@ -187,7 +187,7 @@ def _format_groups(
 
 
 def _count(parameters: dict[str, nn.Parameter]) -> tuple[str, str, str]:
-    """Number of tensors and of elements, and the parts that hold them."""
+    """Count tensors and elements, and list the parts that hold them."""
     parts = {
         '.'.join(name.split('.')[: 2 if name.startswith('backbone.') else 1])
         for name in parameters

@@ -70,7 +70,7 @@ def evaluate(
     cfg = load_config(config, options)
     checkpoint = launch.find_checkpoint(checkpoint)
     task = progress.add_task(Path(checkpoint).name, total=None)
-    with tempfile.TemporaryDirectory() as folder, launch.clear_errors():
+    with tempfile.TemporaryDirectory() as folder, launch.explain_errors():
         prepare(cfg, checkpoint, options, folder)
         runner = launch.build_runner(cfg)
         if options.device is not None:

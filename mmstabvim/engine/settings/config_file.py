@@ -24,7 +24,7 @@ class ConfigFile:
     """One file of a config: names in it, and the files it builds on.
 
     Attributes:
-        path (str): Where it is.
+        path (str): Path of the file.
         names (set[str]): Top-level settings and variables that it sets.
         used (set[str]): Names whose values it uses, its own or a base's.
         bases (list[ConfigFile]): Files that it inherits from.

@@ -66,7 +66,7 @@ def _values(cfg: Config, path: str) -> Iterator[Any]:
 
 
 def _fits(value: Any, kind: str, least: int) -> bool:
-    """Tell whether a value is of a kind and large enough."""
+    """Tell if a value is of a kind and large enough."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     whole = kind == _NUMBER or value % 1 == 0

@@ -26,7 +26,7 @@ _REGISTRIES = {
     'visualizer': ('VISUALIZERS', 'VISBACKENDS'),
     'log_processor': ('LOG_PROCESSORS',),
 }
-"""Where the types of a setting are looked up, by the end of its name."""
+"""Registries of a setting's types, by the end of its name."""
 
 _DEFAULT_TYPES: dict[str, Any] = {
     'train_dataloader': DataLoader,
@@ -41,7 +41,7 @@ _DEFAULT_TYPES: dict[str, Any] = {
     'visualizer': 'Visualizer',
     'model_wrapper_cfg': 'MMDistributedDataParallel',
 }
-"""What is built where a setting has no ``type``."""
+"""Classes that are built where a setting has no ``type``."""
 
 _READ_BEFORE = {
     'dataloader': {'num_batch_per_epoch'},
@@ -51,7 +51,7 @@ _READ_BEFORE = {
     'param_scheduler': {'convert_to_iter_based', 'by_epoch'},
     'model': {'requires_grad'},
 }
-"""Names that whoever builds takes out first."""
+"""Names that the builder takes out before."""
 
 
 def parameters_of(
@@ -65,8 +65,8 @@ def parameters_of(
         node (Mapping): The part.
 
     Returns:
-        dict[str, Parameter] | None: By name. None where the part has no
-        class, or one that takes any name.
+        dict[str, Parameter] | None: Arguments by name. None where the part
+        has no class, or one that takes any name.
     """
     kind = node.get('type') or _default_type(path, node)
     if isinstance(kind, str):
@@ -79,7 +79,7 @@ def accepted_names(path: str, parameters: Parameters) -> set[str]:
 
     Args:
         path (str): Dotted path of the part.
-        parameters (dict[str, Parameter]): Of its class.
+        parameters (dict[str, Parameter]): Parameters of its class.
 
     Returns:
         set[str]: All names.
@@ -93,7 +93,7 @@ def accepted_names(path: str, parameters: Parameters) -> set[str]:
 
 
 def _default_type(path: str, node: Mapping[str, Any]) -> Any:
-    """Name the class that mmengine takes without ``type``."""
+    """Return the class that mmengine takes without ``type``."""
     if path == 'train_cfg' and node.get('by_epoch') is False:
         return 'IterBasedTrainLoop'
     return _DEFAULT_TYPES.get(path)
@@ -147,6 +147,6 @@ def _named(parameters: Mapping[str, inspect.Parameter]) -> Parameters:
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Tell whether there are ``**kwargs``."""
+    """Tell if there are ``**kwargs``."""
     kinds = {p.kind for p in parameters.values()}
     return inspect.Parameter.VAR_KEYWORD in kinds
