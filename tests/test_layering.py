@@ -1,4 +1,4 @@
-"""Imports go down only: registry and functions, layers, registered parts."""
+"""Imports go down only, from the tools to functions on tensors."""
 
 import ast
 import subprocess
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / 'mmstabvim'
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'mmstabvim'
+LENGTH = 60
+LARGE = ('benchmarks', 'reproduce')  # folders of tools that may be longer
 LEVELS = {
     'version': 0,
     'checkpoint': 0,
@@ -28,6 +31,7 @@ LEVELS = {
     'evaluation': 3,
     'visualization': 3,
     'apis': 4,
+    'building': 0,
     'reporting': 4,
     'analysis': 5,
     'ablation': 5,
@@ -78,6 +82,31 @@ def test_every_folder_has_a_level():
         if p.suffix == '.py' or (p / '__init__.py').exists()
     }
     assert found - {'__init__'} <= set(LEVELS)
+
+
+SCRIPTS = sorted((ROOT / 'tools').rglob('*.py'))
+THIN = [path for path in SCRIPTS if path.parts[-2] not in LARGE]
+THIN = [path for path in THIN if path.parts[-3] not in LARGE]
+
+
+def top_names(path):
+    """First words of what a file imports."""
+    return {name.partition('.')[0] for name in imported_modules(path)}
+
+
+@pytest.mark.parametrize('path', THIN, ids=lambda path: path.stem)
+def test_tools_are_thin(path):
+    """The work is in the package, where it can be imported."""
+    assert len(path.read_text().splitlines()) <= LENGTH
+    folders = {path.parent.name for path in SCRIPTS}
+    others = {path.stem for path in SCRIPTS} | folders
+    assert not top_names(path) & (others - sys.stdlib_module_names)
+
+
+def test_the_package_imports_no_tool():
+    tools = {path.stem for path in SCRIPTS} | {'tools'}
+    for path in PACKAGE.rglob('*.py'):
+        assert not top_names(path) & (tools - sys.stdlib_module_names), path
 
 
 MAMBA = {'layers', 'models', 'ops', 'stability'}
