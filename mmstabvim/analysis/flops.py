@@ -64,7 +64,7 @@ def count_flops(model: Any, image: Tensor) -> Counts:
 
     Args:
         model (nn.Module): Classifier, segmentor or backbone in evaluation
-            mode. Its scans are set to the backend ``'auto'``: in plain
+            mode. Its operators are set to the backend ``'auto'``: in plain
             PyTorch they would be many small operations.
         image (Tensor): (1, channels, height, width).
 
@@ -83,7 +83,7 @@ def count_flops(model: Any, image: Tensor) -> Counts:
         3013521408
     """
     for module in model.modules():
-        if isinstance(module, SelectiveSSM):
+        if isinstance(getattr(module, 'backend', None), str):
             module.backend = 'auto'
     with flop_counter.FlopCounterMode(display=False) as counter:
         model(image)
