@@ -70,7 +70,7 @@ def test_classifier_by_hand(digits, shape):
     rows, found, _ = count(digits(), shape)
     wanted = by_hand(*shape, 10, D=16, layers=2, N=4, patch=4)
     assert found == wanted['total']
-    assert pick(rows, 'mixer', 'scan') == wanted['scan']
+    assert pick(rows, 'mixer.ssm', 'scan') == wanted['scan']
     assert pick(rows, 'projection', 'conv') == wanted['embedding']
     assert sum(row['share'] for row in rows) == pytest.approx(1)
 
@@ -80,7 +80,7 @@ def test_both_directions_and_any_backend(digits):
     wanted = by_hand(32, 32, 10, D=16, layers=2, N=4, patch=4)
     rows, found, _ = count(digits(backend='reference'), (32, 32))
     assert found == wanted['total']
-    assert pick(rows, 'mixer', 'both directions') > wanted['scan']
+    assert pick(rows, 'mixer.ssm', 'scan, both directions') > wanted['scan']
 
 
 def test_complex_states(digits):
@@ -90,7 +90,7 @@ def test_complex_states(digits):
     wanted = by_hand(
         32, 32, 10, D=16, layers=2, N=4, patch=4, factor=28, numbers=2
     )
-    assert pick(rows, 'mixer', 'scan') == wanted['scan']
+    assert pick(rows, 'mixer.ssm', 'scan') == wanted['scan']
     assert found == wanted['total']
 
 
@@ -216,7 +216,7 @@ def test_the_command_line(digits, tmp_path, capsys):
 def test_a_mixer_that_hides_its_scan(digits):
     model = get_model(digits())
     model.backbone.layers[1].mixer.forward = lambda x: x
-    with pytest.raises(ValueError, match=r'layers\.1\.mixer must run a scan'):
+    with pytest.raises(ValueError, match=r'layers\.1\.mixer\.ssm must run a scan'):
         flops.count_flops(model, torch.zeros(1, 3, 32, 32))
 
 
