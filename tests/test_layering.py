@@ -27,7 +27,7 @@ LEVELS = {
     'evaluation': 3,
     'visualization': 3,
     'apis': 4,
-    'reporting': 4,
+    'reporting': 3,
     'analysis': 5,
     'ablation': 5,
     'check_env': 4,

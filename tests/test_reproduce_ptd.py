@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from mmstabvim.analysis import perturbation as measurements
 from mmstabvim.stability import hippo_legs, perturb_then_diagonalize
-from mmstabvim.visualization import line_figure
-from mmstabvim.visualization.curves import Quantity
+from mmstabvim.visualization import Quantity, line_figure
 
-TOOLS = Path(__file__).parents[1] / 'tools/analysis_tools'
+TOOLS = Path(__file__).parents[1] / 'tools/reproduce'
 sys.path.insert(0, str(TOOLS))
 
-import reproduce_ptd as tool  # noqa: E402
-from _ptd import measurements  # noqa: E402
+import ptd as tool  # noqa: E402
 
-SMALL = measurements.Settings(
+SMALL = measurements.PtdOptions(
     sizes=(4, 8),
     search_size=4,
     draws=5,
@@ -34,6 +33,7 @@ ARGUMENTS = [
     '--search-size=4',
     '--steps=10',
     '--points=120',
+    '--formats=pdf',
 ]
 
 
@@ -174,6 +174,7 @@ def test_tables_are_well_formed(results):
 def test_figures_with_their_data(results, name):
     assert (results / f'{name}.png').read_bytes().startswith(b'\x89PNG')
     assert (results / f'{name}.pdf').read_bytes().startswith(b'%PDF')
+    assert not (results / f'{name}.svg').exists()
     rows = read(results / f'{name}.csv')
     values = np.array([float(row['value']) for row in rows])
     assert np.isfinite(values).all()

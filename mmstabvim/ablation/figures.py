@@ -9,10 +9,11 @@ import numpy as np
 
 from mmstabvim import visualization
 from mmstabvim.ablation import results, statistics
-from mmstabvim.ablation.layout import Layout, Picture, Rows, make_layout
+from mmstabvim.ablation.layout import Layout, Rows, make_layout
 from mmstabvim.ablation.results import Result, Study
 from mmstabvim.ablation.statistics import Combination
-from mmstabvim.visualization import spectra, style
+from mmstabvim.reporting import Picture, style
+from mmstabvim.visualization import spectra
 from mmstabvim.visualization.curves import Quantity
 
 _FACETS = 3  # beside one another in a figure of curves

@@ -1,5 +1,6 @@
 """The stability report: numbers, findings, page; on real models."""
 
+import argparse
 import csv
 import json
 import math
@@ -11,22 +12,29 @@ import numpy as np
 import pytest
 import stability_report as tool
 import torch
-from _stability_report import compare, directions, page, source, tensors
-from _stability_report.findings import (
-    condense,
-    find,
-    listed,
-    percent,
-)
-from _stability_report.measure import Measured
-from _stability_report.thresholds import THRESHOLDS
-from rich.progress import Progress
 from small_runs import digits_config, train, unformatted_configs
 
 from mmstabvim.ablation.results import Curves
-from mmstabvim.apis import trained
+from mmstabvim.analysis import ranges
+from mmstabvim.analysis.stability_report import (
+    StabilityReport,
+    compare,
+    directions,
+    find,
+    sections,
+    source,
+    stability_report,
+)
+from mmstabvim.analysis.stability_report.findings import (
+    NOTHING,
+    condense,
+    headline,
+    listed,
+)
+from mmstabvim.analysis.stability_report.thresholds import THRESHOLDS
+from mmstabvim.apis import tokens, trained
 from mmstabvim.layers import SelectiveSSM
-from mmstabvim.reporting.writing import plain
+from mmstabvim.reporting import to_json
 from mmstabvim.stability import sensitivity_profile
 
 WAYS = ('forward', 'backward')
@@ -45,13 +53,17 @@ def run(arguments, folder, *more):
     return json.loads((folder / 'stability_report.json').read_text())
 
 
-def measure(arguments, *more):
+def measure(arguments, **options):
     """The same without figures and files."""
-    options = ['--samples=2', '--profile-samples=0', *more]
-    args = tool.parse_args([*arguments, *options])
-    (found,) = tool.measure_all(args, Progress(disable=True))
-    data = plain(tool.numbers_of(found, find(found)))
-    return json.loads(json.dumps(data, allow_nan=False))
+    args, cfg, model = load(arguments)
+    samples = list(tokens.named_images(args, cfg, model))
+    report = stability_report(
+        model,
+        [sample.image for sample in samples],
+        [sample.label for sample in samples],
+        **dict(profile_samples=0) | options,
+    )
+    return json.loads(to_json(sections.numbers_of(report, find(report))))
 
 
 def html_of(folder):
@@ -62,9 +74,15 @@ def pick(rows, **wanted):
     return [row for row in rows if wanted.items() <= row.items()]
 
 
-def load(arguments, *more):
-    args = tool.parse_args([*arguments, '--samples=2', *more])
-    cfg, model = trained.load_model(args)
+def load(arguments):
+    parser = argparse.ArgumentParser()
+    trained.add_options(parser, 2)
+    args = parser.parse_args(arguments)
+    return args, *trained.load_model(args)
+
+
+def load_images(arguments):
+    args, cfg, model = load(arguments)
     return model, list(trained.load_images(args, cfg, model))
 
 
@@ -102,7 +120,7 @@ def shift_states(value, layer=1, way=1):
 def test_numbers_of_a_direction_by_hand(digits, rough, matrix):
     arguments = digits(rough, state_matrix=matrix)
     data = measure(arguments)
-    model, images = load(arguments)
+    model, images = load_images(arguments)
     steps = observed_steps(model, images)
     assert len(data['directions']) == len(steps) == 4
     for row in data['directions']:
@@ -185,7 +203,7 @@ def test_gradient_flow_sees_the_direction():
 def test_weights_by_hand(digits, rough):
     arguments = digits(rough)
     data = measure(arguments)
-    model, _ = load(arguments)
+    _, _, model = load(arguments)
     seen = 0
     for row in data['weights']:
         weight = model.get_parameter(f'{row["name"]}.weight').detach()
@@ -210,7 +228,7 @@ def test_weights_by_hand(digits, rough):
 def test_token_gradients_by_differences(digits, rough):
     arguments = digits(rough)
     data = measure(arguments)
-    model, images = load(arguments)
+    model, images = load_images(arguments)
     model.double()
     image, moved = images[0].double(), {}
 
@@ -239,9 +257,9 @@ def test_token_gradients_by_differences(digits, rough):
 @pytest.mark.parametrize('classes', [10, 3])
 def test_sensitivity_by_hand(digits, rough, classes):
     arguments = digits(rough, 8)
-    options = ['--profile-samples=2', '--steps=40', f'--classes={classes}']
-    found = measure(arguments, *options)['sensitivity']
-    model, images = load(arguments)
+    options = dict(profile_samples=2, steps=40, classes=classes)
+    found = measure(arguments, **options)['sensitivity']
+    model, images = load_images(arguments)
     batch = torch.cat(images)
     parameters = list(model.parameters())
     kept = model(batch).amax(0).topk(classes).indices.sort().values
@@ -279,8 +297,7 @@ def test_sensitivity_by_hand(digits, rough, classes):
 
 
 def labels_of(arguments):
-    args = tool.parse_args([*arguments, '--samples=2'])
-    cfg, _ = trained.load_model(args)
+    args, cfg, _ = load(arguments)
     samples = trained.test_samples(args, cfg)
     return torch.cat([s['data_samples'].gt_label for s in samples])
 
@@ -292,9 +309,9 @@ def test_page_and_files(digits, tmp_path, capsys):
     out = tmp_path / 'out'
     data = run(digits(), out, '--profile-samples=2', '--formats', 'pdf', 'svg')
     text = html_of(out)
-    for title in page.TITLES:
-        assert (f'<section id="{title}">' in text) == (title != 'comparison')
-    for words in page.READ.values():
+    for name in sections.GUIDES:
+        assert (f'<section id="{name}">' in text) == (name != 'comparison')
+    for _, words in sections.GUIDES.values():
         # one sentence each
         assert words.endswith('.')
         assert '. ' not in words
@@ -313,9 +330,7 @@ def test_page_and_files(digits, tmp_path, capsys):
     assert all((out / link).is_file() for link in links)
     assert '| layer | direction |' in markdown
     said = capsys.readouterr().out
-    assert f'{len(data["findings"])} findings' in said or (
-        'Nothing to remark' in said
-    )
+    assert f'{len(data["findings"])} finding' in said or NOTHING in said
     # an earlier report leaves nothing behind
     (out / 'figures/old.png').write_bytes(b'')
     run(digits(), out)
@@ -375,7 +390,7 @@ def test_a_growing_mode_is_found(digits, tmp_path):
 
 def max_step(arguments):
     """Of the channel with the growing mode."""
-    steps = observed_steps(*load(arguments))
+    steps = observed_steps(*load_images(arguments))
     return steps['backbone.layers.1.mixer.directions.1'][..., 3].max()
 
 
@@ -423,7 +438,7 @@ def test_an_overflow_without_broken_weights(digits):
     def change(model):
         model.backbone.layers[1].mixer.in_proj.weight.fill_(1e38)
 
-    data = measure(digits(change), '--profile-samples=2')
+    data = measure(digits(change), profile_samples=2)
     assert not data['nonfinite_weights']
     first = data['first_nonfinite']
     assert (first['layer'], first['tensor']) == (1, 'x')
@@ -500,9 +515,8 @@ def test_changes_in_words():
 
 
 def test_nan_is_the_largest_value():
-    assert math.isnan(tensors.worse(1.0, math.nan))
-    assert math.isnan(tensors.worse(math.nan, 1.0))
-    assert tensors.worse(1.0, 2.0) == 2.0
+    assert math.isnan(ranges.worse(1.0, math.nan))
+    assert math.isnan(ranges.worse(math.nan, 1.0))
 
 
 # ---------------------------------------------------------------- training
@@ -598,7 +612,7 @@ def measured(**parts):
     """Numbers of a model that has only these."""
     training = parts.pop('training', source.Training())
     where = source.Source('c.py', 'c.pth', 'c', training)
-    return Measured(where, **parts)
+    return StabilityReport(where, **parts)
 
 
 def direction(**numbers):
@@ -624,7 +638,7 @@ def test_nothing_to_remark():
         max_decay_exponent=80.0,
     )
     assert find(measured(directions=[quiet])) == []
-    assert page.headline([]) == page.NOTHING
+    assert headline([]) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -787,18 +801,16 @@ def test_many_findings_are_counted():
         for i in range(6)
     ]
     lines = condense(find(measured(directions=rows)))
+    assert headline(find(measured(directions=rows))) == '6 findings: 6 low'
+    assert headline(find(measured(directions=rows[:2]))) == '1 finding: 1 low'
     assert len(lines) == 4
     assert lines[0]['text'].startswith('layer 5 forward: 60 %')
     assert lines[3]['text'] == '… and 3 more of this kind, in layers 0 to 2'
 
 
-def test_words():
+def test_layers_in_words():
     assert listed([3]) == 'layer 3'
     assert listed([0, 1, 2, 5, 7, 8]) == 'layers 0 to 2, 5, 7, 8'
-    assert percent(0.0) == '0 %'
-    assert percent(0.0123) == '1.2 %'
-    assert percent(0.5) == '50 %'
-    assert percent(0.99999) == 'more than 99.9 %'
 
 
 def test_every_threshold_is_documented():

@@ -35,8 +35,8 @@ from rich.table import Table
 
 from mmstabvim.ablation import results
 from mmstabvim.engine import launch
+from mmstabvim.reporting import style
 from mmstabvim.reporting.tables import to_csv
-from mmstabvim.visualization import style
 
 Line = dict[str, Any]
 Row = dict[str, Any]
@@ -333,7 +333,7 @@ def make_curves(
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """A panel for each key; a cross before what is not finite."""
     panels = style.unique(rows, 'panel')
-    with style.look():
+    with style.figure_style():
         figure, grid = style.panels(len(panels), 1, 1.9, sharex=True)
         figure.set_figwidth(style.WIDTH)
         grid[0, 0].set_title(title)

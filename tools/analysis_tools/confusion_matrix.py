@@ -25,7 +25,6 @@ from typing import Any
 import mmengine
 import numpy as np
 import torch
-from _robustness.evaluate import choose_samples
 from matplotlib.figure import Figure
 from mmengine.config import Config, ConfigDict
 from mmengine.evaluator import BaseMetric
@@ -33,10 +32,10 @@ from mmengine.hooks import Hook
 from rich.console import Console
 from rich.progress import Progress
 
+from mmstabvim.analysis.robustness.evaluate import choose_samples
 from mmstabvim.engine import launch
 from mmstabvim.registry import METRICS
-from mmstabvim.reporting import writing
-from mmstabvim.visualization import style
+from mmstabvim.reporting import style, writing
 
 Row = dict[str, Any]
 
@@ -300,7 +299,7 @@ LABELS = dict(
 def draw(matrix: np.ndarray, names: Sequence[str], mode: str) -> Figure:
     """The matrix, true classes from top to bottom."""
     values, count = normalize(matrix, mode), len(names)
-    with style.look():
+    with style.figure_style():
         figure, grid = style.panels(1, 1, 4.6)
         axes = grid[0, 0]
         image = axes.imshow(values, cmap='Blues', vmin=0)

@@ -50,10 +50,9 @@ from torch.utils import flop_counter
 
 from mmstabvim.engine import launch
 from mmstabvim.layers import MambaMixer, SelectiveSSM
-from mmstabvim.reporting import writing
+from mmstabvim.reporting import style, writing
 from mmstabvim.reporting.tables import Table as Page
 from mmstabvim.reporting.tables import to_markdown
-from mmstabvim.visualization import style
 
 Row = dict[str, Any]
 Counts = dict[str, dict[str, int]]
@@ -372,7 +371,7 @@ def show(console: Console, rows: Sequence[Row]) -> None:
 def draw(rows: Sequence[Row]) -> Figure:
     """Shares of the parts, from top to bottom."""
     shown = [row for row in rows if row['flops']][::-1]
-    with style.look():
+    with style.figure_style():
         figure, grid = style.panels(1, 1, 0.6 + 0.22 * len(shown))
         axes = grid[0, 0]
         names = [f'{row["part"]}\n{row["operator"]}' for row in shown]
