@@ -105,7 +105,8 @@ ONEDL = [
     'ftfy',
     'regex',
 ]
-TEST = ['pytest>=8', 'pytest-xdist>=3.5', 'timm>=1.0']
+CAM = ['grad-cam>=1.5']  # class activation maps
+TEST = [*CAM, 'pytest>=8', 'pytest-xdist>=3.5', 'timm>=1.0']
 DEV = ['ruff>=0.12', 'mypy>=1.11', 'pre-commit>=3.5']
 
 setup(
@@ -155,6 +156,7 @@ setup(
         'lite': LITE,
         'openmmlab': OPENMMLAB,
         'onedl': ONEDL,
+        'cam': CAM,
         'test': TEST,
         'dev': [*TEST, *DEV],
     },

@@ -7,7 +7,8 @@ from types import ModuleType
 from typing import Any
 
 import mmengine.hub
-from mmengine.registry import MODELS, init_default_scope
+
+from mmstabvim.building import build_model
 
 MIM = Path(__file__).parent / '.mim'
 """Configs and index, put there by the installation."""
@@ -57,9 +58,6 @@ def _with_own_models(get_model: Callable) -> Callable:
                 'mmstabvim.load_weights(model, file)'
             )
         cfg = mmengine.hub.get_config(cfg_path)
-        init_default_scope(cfg.default_scope)
-        if 'data_preprocessor' in cfg:
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        return MODELS.build(cfg.model, default_args=kwargs)
+        return build_model(cfg, **kwargs)
 
     return build

@@ -27,6 +27,7 @@ LEVELS = {
     'evaluation': 3,
     'visualization': 3,
     'apis': 4,
+    'building': 0,
     'reporting': 3,
     'analysis': 5,
     'ablation': 5,

@@ -16,6 +16,10 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 
+from mmstabvim import apis
+from mmstabvim.apis import testing, training
+from mmstabvim.engine import launch
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
 
@@ -258,6 +262,22 @@ def test_classification_round_trip(trained, config):
     assert tested['accuracy/top1'] == validated['accuracy/top1']
 
 
+def test_training_and_testing_from_python(config):
+    """Options by keyword; the same numbers as from the command line."""
+    options = dict(work_dir='from_python', seed=1, no_validate=True)
+    name = dict(experiment_name='from_python')
+    runner = apis.train(config, **options, cfg_options=name)
+    assert runner.epoch == 2
+    name = dict(experiment_name='from_python_tested')
+    found = apis.evaluate(config, 'from_python', cfg_options=name)
+    last = 'from_python/epoch_2.pth'
+    run(tester, config, last, '--out', 'metrics.json')
+    wanted = mmengine.load('metrics.json')
+    assert found['accuracy/top1'] == wanted['accuracy/top1']
+    with pytest.raises(TypeError, match=r"some of .*'amp'.* got \['apm'\]"):
+        apis.train(config, apm=True)
+
+
 def test_segmentation_round_trip(seg_trained, seg_config):
     run(tester, seg_config, seg_trained / 'iter_4.pth', '--out', 'seg.json')
     tested = mmengine.load('seg.json')
@@ -282,7 +302,7 @@ def test_summary_tells_validation_from_test():
             test_dataloader=dict(dataset=dict(split='test')),
         )
     )
-    assert train.launch._split_name(cfg) == 'Validation set'
+    assert launch._split_name(cfg) == 'Validation set'
 
 
 def test_work_dir_defaults_to_config_name(config):
@@ -303,10 +323,7 @@ def test_cfg_options_change_the_config(config):
 
 def parse_train(config, *args):
     """The config that train.py would run."""
-    args = train.parse_args([str(config), *args])
-    cfg = train.launch.load_config(args)
-    train.merge_args(cfg, args)
-    return cfg
+    return training.make_config(train.parse_args([str(config), *args]))
 
 
 def test_unknown_cfg_option_names_near_ones(config):
@@ -390,13 +407,13 @@ def test_amp_dtype(config):
 def test_amp_follows_the_device(
     config, monkeypatch, device, dtype, loss_scale
 ):
-    monkeypatch.setattr(train, 'get_device', lambda: device)
+    monkeypatch.setattr(training, 'get_device', lambda: device)
     wrapper = parse_train(config, '--amp').optim_wrapper
     assert (wrapper.dtype, wrapper.loss_scale) == (dtype, loss_scale)
 
 
 def test_amp_dtype_needs_amp(config):
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match='--amp-dtype needs --amp'):
         parse_train(config, '--amp-dtype', 'bfloat16')
 
 
@@ -520,7 +537,7 @@ def test_segmentation_without_images(
     ],
 )
 def test_out_item(out, item, expected):
-    assert tester.choose_out_item(out, item) == expected
+    assert testing.choose_out_item(out, item) == expected
 
 
 @pytest.mark.parametrize(
@@ -529,7 +546,7 @@ def test_out_item(out, item, expected):
 )
 def test_out_item_refuses(out, item):
     with pytest.raises(ValueError, match='--out'):
-        tester.choose_out_item(out, item)
+        testing.choose_out_item(out, item)
 
 
 def predict(config, checkpoint, out, *args):
@@ -646,7 +663,7 @@ def test_two_processes(config, monkeypatch):
 
 
 def test_launchers_that_need_a_gpu(config, monkeypatch):
-    monkeypatch.setattr(train.launch, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
     with pytest.raises(ValueError, match="'slurm'"):
         parse_train(config, '--launcher', 'slurm')
 

@@ -10,6 +10,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import load_checkpoint
 
 from mmstabvim import VisionMamba
+from mmstabvim.apis.convert import to_mmseg
+from mmstabvim.apis.convert import to_official as convert_back
 from mmstabvim.layers.position_embedding import resize_position_embedding
 from mmstabvim.models.vim_checkpoint import to_official, to_official_segmentor
 
@@ -174,7 +176,7 @@ REFUSED = [
     (dict(with_pos_embed=False), ['--img-size', 96], 'no position embedding'),
     ({}, ['--img-size', 8], 'at least one patch, 16x16 pixels, got 8x8'),
     ({}, ['--img-size', 1, 2, 3], '--img-size wants one or two'),
-    ({}, ['--img-size', 0], '--img-size must be positive'),
+    ({}, ['--img-size', 0], '--img-size: must be at least 1, got 0'),
     ({}, ['--patch-stride', 8], '--patch-stride is for --img-size'),
     ({}, ['--reverse', '--img-size', 96], 'does not go with --reverse'),
     ({}, ['--reverse', '--ema'], '--ema reads an official file'),
@@ -198,6 +200,21 @@ def test_a_grid_that_is_no_square_can_be_given(source, tmp_path, convert):
     state = official_classifier(img_size=(32, 64))
     said = convert(source(state), tmp_path / 'new.pth', '--grid', 2, 4)
     assert 'grid=(2, 4)' in said
+
+
+def test_from_python(tmp_path):
+    """What the file holds is what the function gives."""
+    state = official_classifier()
+    done = to_mmseg({'model': state}, img_size=[96])
+    assert done.sizes['grid'] == (6, 6)
+    assert done.notes
+    torch.save(done.checkpoint, tmp_path / 'new.pth')
+    new = read(tmp_path / 'new.pth')
+    assert same(new['state_dict'], done.weights)
+    kept = to_mmseg({'model': state}, keep_cls_token=True, cls_token='head')
+    back = convert_back(kept.checkpoint).weights
+    wanted = {k: v for k, v in state.items() if not k.startswith('head.')}
+    assert same(back, wanted)
 
 
 # segmentors

@@ -40,11 +40,7 @@ def link_editable(site: Path) -> str:
 
 
 def _record(record: Path, name: str) -> None:
-    """Let pip know of the link.
-
-    So it removes the link with the rest of the install, and never writes
-    another version through it into the source tree.
-    """
+    """Let pip remove the link with the install, and never write through."""
     line = f'{name},,\n'
     if line not in record.read_text().splitlines(keepends=True):
         with record.open('a') as file:

@@ -1,15 +1,8 @@
-"""Shared by the analysis tools: parser, checks, bars."""
+"""Shared by the analysis tools: parser and checks."""
 
 import argparse
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import Progress
 
 from mmstabvim.apis import trained
-from mmstabvim.engine import launch
 from mmstabvim.reporting import add_formats
 
 
@@ -54,20 +47,3 @@ def page_facts(args: argparse.Namespace) -> dict[str, str]:
     """Name config, checkpoint and origin of the images for a page."""
     origin = str(args.images or 'the test set')
     return dict(config=args.config, checkpoint=args.checkpoint, origin=origin)
-
-
-@contextmanager
-def tool_progress() -> Iterator[Progress]:
-    """Show bars on stderr, log warnings only, and explain errors.
-
-    Yields:
-        Progress: Of the tool.
-    """
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    before = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        with launch.clear_errors(), Progress(console=console) as progress:
-            yield progress
-    finally:
-        logging.disable(before)

@@ -1,4 +1,4 @@
-"""Where the tokens of a Vision Mamba lie: in the sequence, on the image."""
+"""Tokens of a Vision Mamba: places in the sequence and on the image."""
 
 import argparse
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ from mmstabvim.visualization.overlay import Patches
 
 
 class Layout(NamedTuple):
-    """Tokens of one image size."""
+    """Places of the tokens for one image size."""
 
     place: str | None
-    """Of the class token, as the backbone declares it."""
+    """Place of the class token, as the backbone declares it."""
     rows: int
     columns: int
     patches: Patches
@@ -40,19 +40,32 @@ class Layout(NamedTuple):
         return self.rows * self.columns + len(self.cls_tokens)
 
     def on_grid(self, values: Tensor) -> Tensor:
-        """(length, ...) without class tokens, as (rows, columns, ...)."""
+        """Lay values of the tokens on the grid, without class tokens.
+
+        Args:
+            values (Tensor): (length, ...).
+
+        Returns:
+            Tensor: (rows, columns, ...).
+        """
         _, patches = split_tokens(values.flatten(1)[None], self.place)
         grid = patches[0].unflatten(0, (self.rows, self.columns))
         return grid.reshape(self.rows, self.columns, *values.shape[1:])
 
     def position(self, row: int, column: int) -> int:
-        """Of a patch in the sequence."""
+        """Return the index of a patch in the sequence."""
         indices = torch.arange(self.length)[:, None]
         return int(self.on_grid(indices)[row, column])
 
 
 def find_backbone(model: nn.Module) -> tuple[str, VisionMamba]:
-    """The Vision Mamba of a model, and its name.
+    """Find the Vision Mamba of a model.
+
+    Args:
+        model (nn.Module): With one.
+
+    Returns:
+        tuple[str, VisionMamba]: Its name in the model, and the backbone.
 
     Raises:
         ValueError: If there is none, or more than one.
@@ -72,19 +85,27 @@ def find_backbone(model: nn.Module) -> tuple[str, VisionMamba]:
 
 
 def layout_of(backbone: VisionMamba, image: Tensor) -> Layout:
-    """Tokens of an image (1, channels, height, width)."""
+    """Lay out the tokens of an image.
+
+    Args:
+        backbone (VisionMamba): The backbone.
+        image (Tensor): (1, channels, height, width).
+
+    Returns:
+        Layout: Places of its tokens.
+    """
     grid = backbone.patch_embed.grid_size(*image.shape[-2:])
     return Layout(backbone.cls_token_place, *grid, patches_of(backbone))
 
 
 def patches_of(backbone: VisionMamba) -> Patches:
-    """Their size and distance."""
+    """Return size and distance of a backbone's patches, pixels."""
     conv: Any = backbone.patch_embed.projection
     return Patches(conv.kernel_size[0], conv.stride[0])
 
 
 def picture_of(model: Any, image: Tensor) -> np.ndarray:
-    """What the model looks at, to be drawn.
+    """Undo the normalization of an image, to draw it.
 
     Args:
         model (nn.Module): With a data preprocessor.
@@ -107,11 +128,28 @@ def picture_of(model: Any, image: Tensor) -> np.ndarray:
     return pixels.permute(1, 2, 0).numpy()
 
 
+def class_name(model: Any, number: int) -> str:
+    """Name of a class for people, its number where the model knows no word.
+
+    Args:
+        model (nn.Module): Of :func:`mmstabvim.apis.get_model`.
+        number (int): The class.
+
+    Returns:
+        str: The first of its names, or ``'class 3'``.
+    """
+    names = (model.dataset_meta or {}).get('classes') or ()
+    name = str(names[number]) if number < len(names) else ''
+    if not name or name.isdigit():
+        return f'class {name or number}'
+    return name.split(',')[0]
+
+
 class Sample(NamedTuple):
-    """An image, and what is known of it."""
+    """Image with its name and class."""
 
     name: str
-    """Of its file, or its number in the test set."""
+    """Name of its file, or number in the test set."""
     image: Tensor
     """(1, channels, height, width), as the model reads it."""
     label: int | None
@@ -121,7 +159,7 @@ class Sample(NamedTuple):
 def named_images(
     args: argparse.Namespace, cfg: Config, model: Any
 ) -> Iterator[Sample]:
-    """As :func:`.trained.load_images`, with names and classes."""
+    """Yield the images of :func:`.trained.load_images` by name and class."""
     find = (
         trained.test_samples if args.images is None else trained.file_samples
     )

@@ -1,4 +1,4 @@
-"""Load a trained model and images as its config's test set has them."""
+"""Models and images that a command line names."""
 
 import argparse
 import copy
@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.registry import DATASETS
 from torch import Tensor, nn
 
+from mmstabvim.apis.model import get_model
 from mmstabvim.engine import launch
 from mmstabvim.layers import VisionMambaBlock
 
@@ -24,7 +23,7 @@ NOT_FOR_FILES = ('LoadImageFromFile', 'LoadAnnotations', 'CheckSegMap')
 
 
 def add_options(parser: argparse.ArgumentParser, samples: int) -> None:
-    """Options that the tools have in common.
+    """Add the options that the tools have in common.
 
     Args:
         parser (argparse.ArgumentParser): Changed in place.
@@ -42,37 +41,34 @@ def add_options(parser: argparse.ArgumentParser, samples: int) -> None:
 
 
 def load_model(args: argparse.Namespace) -> tuple[Config, nn.Module]:
-    """Build the model of the config, with the checkpoint's weights.
+    """Build the model of a command line; it must have Vision Mamba blocks.
+
+    Args:
+        args (argparse.Namespace): Of :func:`add_options`; ``checkpoint``
+            becomes the path of the file.
+
+    Returns:
+        tuple[Config, nn.Module]: Config, and the model in evaluation mode.
 
     Raises:
         ValueError: If the checkpoint does not fit, or the model has no block
             of a Vision Mamba.
     """
-    cfg = launch.read_settings(args.config, args.cfg_options)
     args.checkpoint = launch.find_checkpoint(args.checkpoint)
     print(f'Checkpoint: {args.checkpoint}')  # noqa: T201
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model = MODELS.build(cfg.model)
-    if torch.device(args.device).type == 'cpu':
-        model = revert_sync_batchnorm(model)
-    try:
-        load_checkpoint(model, args.checkpoint, 'cpu', strict=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f'the checkpoint does not fit the model of the config: {error}'
-        ) from error
+    model = get_model(
+        args.config, args.checkpoint, args.cfg_options, args.device
+    )
     if not find_blocks(model):
         raise ValueError(
             f'the model must have blocks of a Vision Mamba, got '
             f'{type(model).__name__} without one'
         )
-    return cfg, model.to(args.device).eval()
+    return model.cfg, model
 
 
 def find_blocks(model: nn.Module) -> dict[str, VisionMambaBlock]:
-    """Blocks of a Vision Mamba by name."""
+    """Find the Vision Mamba blocks of a model, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -83,7 +79,7 @@ def find_blocks(model: nn.Module) -> dict[str, VisionMambaBlock]:
 def load_images(
     args: argparse.Namespace, cfg: Config, model: Any
 ) -> Iterator[Tensor]:
-    """Images as the model reads them, (1, channels, height, width) each."""
+    """Yield images as the model reads them, (1, channels, height, width)."""
     samples = (
         test_samples(args, cfg)
         if args.images is None
@@ -95,20 +91,20 @@ def load_images(
 
 
 def choose(count: int, args: argparse.Namespace) -> list[int]:
-    """Positions of the images, at random, in increasing order."""
+    """Draw ``--samples`` of some positions, in increasing order."""
     order = np.random.default_rng(args.seed).permutation(count)
     return sorted(order[: args.samples].tolist())
 
 
 def test_samples(args: argparse.Namespace, cfg: Config) -> Iterator[Any]:
-    """From the test set of the config."""
+    """Yield samples of the config's test set."""
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
     for index in choose(len(dataset), args):
         yield dataset[index]
 
 
 def file_samples(args: argparse.Namespace, cfg: Config) -> Iterator[Any]:
-    """From a folder, through the pipeline of the test set.
+    """Yield images of a folder, through the pipeline of the test set.
 
     Raises:
         FileNotFoundError: If there is no image in the folder.
@@ -132,7 +128,7 @@ def file_samples(args: argparse.Namespace, cfg: Config) -> Iterator[Any]:
 
 
 def file_pipeline(pipeline: Sequence[dict]) -> list[dict]:
-    """Read the file; leave out what reads labels."""
+    """Change a pipeline so that it reads a file, and no labels."""
     kept = [
         copy.deepcopy(step)
         for step in pipeline
@@ -142,7 +138,7 @@ def file_pipeline(pipeline: Sequence[dict]) -> list[dict]:
 
 
 def out_folder(args: argparse.Namespace, name: str) -> Path:
-    """Folder of the results, which is made."""
+    """Make the folder of the results."""
     default = Path('work_dirs', Path(args.config).stem, name)
     folder = args.out or default
     mmengine.mkdir_or_exist(folder)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mmstabvim.analysis import command_line, ranges
-from mmstabvim.apis import trained
+from mmstabvim.apis import console, trained
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     command_line.check_least(parser, args, samples=0)
-    with command_line.tool_progress() as progress:
+    with console.working() as progress:
         cfg, model = trained.load_model(args)
         images = trained.load_images(args, cfg, model) if args.samples else ()
         facts = command_line.page_facts(args)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmstabvim.analysis import robustness
-from mmstabvim.analysis.command_line import tool_progress
+from mmstabvim.apis import console
 from mmstabvim.reporting import add_formats
 
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, place = robustness.make_options(args), Path(args.config)
     beside = Path(args.checkpoint).parent if args.checkpoint else place
     out = args.out or beside / 'robustness'
-    with tool_progress() as progress:
+    with console.working() as progress:
         if args.checkpoint:
             given = args.config, args.checkpoint, options, progress
             rows, label = robustness.evaluate(*given), 'model'

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mmstabvim.analysis import command_line, lipschitz
-from mmstabvim.apis import trained
+from mmstabvim.apis import console, trained
 from mmstabvim.stability.weights.lipschitz import JACOBIANS
 
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add('--method', choices=JACOBIANS, default='difference', help=text)
     args = parser.parse_args(argv)
     command_line.check_least(parser, args, samples=1, steps=1)
-    with command_line.tool_progress() as progress:
+    with console.working() as progress:
         cfg, model = trained.load_model(args)
         report = lipschitz.lipschitz_report(
             model,

@@ -15,7 +15,7 @@ from mmstabvim.analysis.stability_report import (
     stability_report,
     write,
 )
-from mmstabvim.apis import tokens, trained
+from mmstabvim.apis import console, tokens, trained
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = trained.out_folder(args, 'stability')
     other = args.against_config or args.config, args.against
     reports = []
-    with command_line.tool_progress() as progress:
+    with console.working() as progress:
         for config, place in ((args.config, args.checkpoint), other):
             if place:
                 source = find_source(config, place)

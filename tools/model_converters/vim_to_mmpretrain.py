@@ -7,46 +7,24 @@ The result loads strictly into an ``ImageClassifier`` with
 import argparse
 from collections.abc import Sequence
 
+from mmstabvim.apis import convert
 from mmstabvim.checkpoint import load_checkpoint_tensors
-from mmstabvim.models.vim_checkpoint import (
-    describe,
-    from_official,
-    to_official,
-)
-from mmstabvim.models.vim_conversion import (
-    add_shared_arguments,
-    blame,
-    parse_shared,
-    pick_weights,
-    summarize,
-    write_checkpoint,
-)
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_shared_arguments(parser, 'MMPretrain')
-    return parse_shared(parser, argv)
+from mmstabvim.models import vim_conversion as shared
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, write, report."""
-    args = parse_args(argv)
-    with blame(args.src):
+    parser = argparse.ArgumentParser(description=__doc__)
+    shared.add_shared_arguments(parser, 'MMPretrain')
+    args = shared.parse_shared(parser, argv)
+    with shared.blame(args.src):
         checkpoint = load_checkpoint_tensors(args.src)
         if args.reverse:
-            state = pick_weights(checkpoint, 'state_dict')
-            converted, unused = to_official(state)
-            sizes = describe(state)
-            result = {'model': converted}
+            done = convert.to_official(checkpoint)
         else:
-            key = 'model_ema' if args.ema else 'model'
-            converted, unused = from_official(pick_weights(checkpoint, key))
-            sizes = describe(converted)
-            result = {'state_dict': converted, 'meta': {}}
-    write_checkpoint(args.dst, result)
-    print(summarize(args, converted, sizes, unused))
+            done = convert.to_mmpretrain(checkpoint, args.ema)
+    shared.write_checkpoint(args.dst, done.checkpoint)
+    print(shared.summarize(args, *done[1:4]))
 
 
 if __name__ == '__main__':

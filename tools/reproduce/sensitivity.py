@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from mmstabvim.ablation import results
 from mmstabvim.ablation.report_tables import plus_minus
 from mmstabvim.ablation.statistics import sample
-from mmstabvim.analysis.command_line import tool_progress
 from mmstabvim.analysis.robustness.evaluate import (
     cell_config,
     find_checkpoint,
     ready_cells,
 )
+from mmstabvim.apis import console
 from mmstabvim.apis.trained import load_model, test_samples
 from mmstabvim.evaluation import SensitivityMetric
 from mmstabvim.reporting import (
@@ -411,7 +411,7 @@ def write(path: Path, text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the experiments."""
     args = parse_args(argv)
-    with tool_progress() as progress:
+    with console.working() as progress:
         run = run_toy if args.command == 'toy' else run_table
         run(args, progress)
     print(f'figures and data are in {args.out}')

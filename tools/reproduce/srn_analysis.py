@@ -19,7 +19,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from mmstabvim.analysis.command_line import tool_progress
+from mmstabvim.apis import console
 from mmstabvim.reporting import add_formats, markdown, style, to_csv
 from mmstabvim.stability import (
     frequency_planes,
@@ -375,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
     exact = normalize_kernel_stable_rank(given, LENGTH, args.rank)
     course: Rows = []
     ends, ways = {}, []
-    with tool_progress() as progress:
+    with console.working() as progress:
         for alpha in args.alpha:
             rows, points, end = descend(args, alpha, progress)
             course += rows

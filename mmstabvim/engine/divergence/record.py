@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
+from mmstabvim.building import build_model
 from mmstabvim.checkpoint import load_checkpoint_tensors
 from mmstabvim.engine.divergence.trace import Finding, trace_step
 from mmstabvim.engine.hooks.random_state_hook import (
@@ -223,7 +223,7 @@ def replay(
             f'file without {sorted(missing)}'
         )
     if not isinstance(model, nn.Module):
-        model = _build_model(model)
+        model = build_model(Config.fromfile(model))
     model.load_state_dict(saved['state_dict'])
     model.to(device).train()
     context: Callable[[], AbstractContextManager] = nullcontext
@@ -233,12 +233,3 @@ def replay(
     batch = unpack_batch(saved['batch'])
     with drawing_from(saved['random_state']):
         return trace_step(model, batch, context, saved.get('scale', 1.0))
-
-
-def _build_model(config: str | os.PathLike) -> nn.Module:
-    """Build the model of a config as a runner does."""
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    if cfg.get('data_preprocessor') is not None:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    return MODELS.build(cfg.model)

@@ -12,7 +12,7 @@ from mmstabvim.analysis import perturbation as measurements
 from mmstabvim.stability import hippo_legs, perturb_then_diagonalize
 from mmstabvim.visualization import Quantity, line_figure
 
-TOOLS = Path(__file__).parents[1] / 'tools/reproduce'
+TOOLS = Path(__file__).parents[2] / 'tools/reproduce'
 sys.path.insert(0, str(TOOLS))
 
 import ptd as tool  # noqa: E402

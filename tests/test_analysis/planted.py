@@ -1,8 +1,9 @@
 """A classifier whose weights are set so that one bright patch decides."""
 
 import torch
-from mmengine.registry import MODELS, init_default_scope
 from small_runs import digits_config
+
+from mmstabvim.apis import get_model
 
 PATCH, ROWS, COLUMNS = 4, 3, 5
 # channels of the tokens: brightness, class token, any patch, what was found
@@ -12,7 +13,6 @@ BRIGHT, CLASS, ANY, FOUND = range(4)
 def build_model(tmp_path, **backbone):
     """Images of 3 x 5 patches, one layer; class 1 says: there is one."""
     cfg = digits_config(tmp_path)
-    init_default_scope(cfg.default_scope)
     cfg.model.backbone.arch.num_layers = 1
     cfg.model.backbone.update(
         img_size=(PATCH * ROWS, PATCH * COLUMNS),
@@ -20,11 +20,10 @@ def build_model(tmp_path, **backbone):
         **backbone,
     )
     cfg.model.head.num_classes = 2
-    cfg.model.data_preprocessor = cfg.data_preprocessor
-    model = MODELS.build(cfg.model)
+    model = get_model(cfg)
     with torch.no_grad():
         set_weights(model)
-    return model.eval()
+    return model
 
 
 def set_weights(model):

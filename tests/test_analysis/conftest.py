@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.registry import MODELS, init_default_scope
 from small_runs import digits_config, scenes_config
+
+from mmstabvim.apis import get_model
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / 'tools/analysis_tools'))
@@ -14,11 +15,8 @@ sys.path.insert(0, str(ROOT / 'tools/analysis_tools'))
 
 def save_model(folder, cfg, change=lambda model: None, seed=0):
     """Write config and checkpoint; what the tools take as arguments."""
-    init_default_scope(cfg.default_scope)
-    if 'data_preprocessor' in cfg:
-        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     torch.manual_seed(seed)
-    model = MODELS.build(cfg.model)
+    model = get_model(cfg)
     with torch.no_grad():
         change(model)
     config, checkpoint = folder / 'small.py', folder / 'small.pth'

@@ -15,7 +15,7 @@ from mmstabvim.stability.weights.kernel_descent import SphereObjective
 from mmstabvim.stability.weights.sphere import random_points
 from mmstabvim.visualization import sphere_figure, target_figure
 
-TOOLS = Path(__file__).parents[1] / 'tools/reproduce'
+TOOLS = Path(__file__).parents[2] / 'tools/reproduce'
 sys.path.insert(0, str(TOOLS))
 
 import srn_analysis as tool  # noqa: E402

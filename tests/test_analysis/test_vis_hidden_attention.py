@@ -11,6 +11,7 @@ import torch
 import vis_hidden_attention as tool
 from torch import nn
 
+from mmstabvim.analysis import hidden_attention as analysis
 from mmstabvim.apis import tokens, trained
 from mmstabvim.layers.mixer_attention import mixer_attention
 from mmstabvim.stability.ranges.hidden_attention import attention_rollout
@@ -80,7 +81,7 @@ def test_maps_are_rows_of_the_matrices(digits, place, tmp_path, capsys):
     forward, backward = arrays['forward'], arrays['backward']
     assert not np.triu(forward, 1).any()
     assert not np.tril(backward, -1).any()
-    for suffix in ('md', 'png', 'pdf', 'svg'):
+    for suffix in ('md', 'png'):
         assert (tmp_path / f'out/image_0.{suffix}').stat().st_size > 1000
     with (tmp_path / 'out/image_0.csv').open() as file:
         table = list(csv.DictReader(file))
@@ -92,9 +93,9 @@ def test_maps_are_rows_of_the_matrices(digits, place, tmp_path, capsys):
 def test_matrices_are_those_of_the_mixers_that_ran(digits, how):
     """From the tokens that each mixer read while the model ran."""
     arguments = digits(state_matrix=dict(type='complex'), b_disc='zoh')
-    args, cfg, model = load([*arguments, f'--how={how}', '--with-skip'])
+    args, cfg, model = load(arguments)
     sample = next(tokens.named_images(args, cfg, model))
-    arrays = tool.find_matrices(model, model.backbone, sample.image, args)
+    arrays = analysis.find_matrices(model, sample.image, how, with_skip=True)
     seen = []
     block = model.backbone.layers[1]
     block.norm.register_forward_hook(lambda *given: seen.append(given[2][0]))
@@ -122,15 +123,14 @@ def test_the_class_token_takes_from_the_patch_that_matters(tmp_path):
             rows = direction.x_proj.weight[rank : rank + state]
             rows.zero_()
             rows[:, planted.BRIGHT] = 1
-    args = tool.parse_args(['config', 'checkpoint'])
     generator = torch.Generator().manual_seed(0)
     for row, column in [(0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]:
         image = planted.make_image(generator, (row, column))
         layout = tokens.layout_of(model.backbone, image)
-        found = tool.find_matrices(model, model.backbone, image, args)
-        positions, _, _ = tool.token_positions(None, layout)
+        found = analysis.find_matrices(model, image)
+        positions = analysis.find_token(None, layout).positions
         assert positions == [7]
-        rows = tool.map_rows(found['both'][0], positions, layout)
+        rows = analysis.map_rows(found['both'][0], positions, layout)
         patches = sorted(pick(rows, token='patch'), key=lambda r: r['value'])
         assert (patches[-1]['row'], patches[-1]['column']) == (row, column)
         assert patches[-1]['value'] > 5 * patches[-2]['value']
@@ -178,7 +178,7 @@ def test_summary_by_hand():
     """Three tokens, the class token in the middle."""
     matrix = torch.tensor([[1.0, 0, 0], [3, 1, -4], [0, 0, 0]])
     layout = tokens.Layout('middle', 1, 2, None)
-    found = tool.summarize(matrix, [1], layout)
+    found = analysis.summarize(matrix, [1], layout)
     assert found == dict(
         sum=0.0,
         own=1 / 8,
@@ -186,10 +186,20 @@ def test_summary_by_hand():
         distance=7 / 8,
         largest='-4 at 0, 1',
     )
-    mean = tool.summarize(matrix, [0, 2], layout)
+    mean = analysis.summarize(matrix, [0, 2], layout)
     assert mean['own'] == 0.5  # of nothing, the last takes no share
     assert mean['sum'] == 0.5
     assert mean['distance'] == 0
+
+
+def test_the_image_comes_first(digits, tmp_path):
+    _, _, model = load(digits())
+    layout = tokens.layout_of(model.backbone, torch.zeros(1, 3, 32, 32))
+    of = dict(layer='1', direction='both')
+    rows = analysis.map_rows(torch.eye(17), [8], layout, **of)
+    figure = analysis.draw_maps(rows, np.zeros((32, 32, 3)), layout)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert [*filter(None, titles)] == ['image', 'layer 1, both']
 
 
 def test_without_matrices(digits, tmp_path):

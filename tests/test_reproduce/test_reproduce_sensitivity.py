@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_runs import digits_config, train
 
-TOOLS = Path(__file__).parents[1] / 'tools/reproduce'
+TOOLS = Path(__file__).parents[2] / 'tools/reproduce'
 sys.path.insert(0, str(TOOLS))
 
 import sensitivity as tool  # noqa: E402
