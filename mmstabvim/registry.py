@@ -23,6 +23,7 @@ from mmengine.registry import (
 )
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
 from mmengine.registry import Registry
 
 from mmstabvim import stack
@@ -68,6 +69,12 @@ METRICS = Registry(
     parent=MMENGINE_METRICS,
     scope='mmstabvim',
     locations=['mmstabvim.evaluation'],
+)
+VISUALIZERS = Registry(
+    'visualizer',
+    parent=MMENGINE_VISUALIZERS,
+    scope='mmstabvim',
+    locations=['mmstabvim.visualization.seg_overlay'],  # needs mmseg
 )
 
 

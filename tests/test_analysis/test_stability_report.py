@@ -802,7 +802,7 @@ def test_many_findings_are_counted():
     ]
     lines = condense(find(measured(directions=rows)))
     assert headline(find(measured(directions=rows))) == '6 findings: 6 low'
-    assert headline(find(measured(directions=rows[:2]))) == '1 finding: 1 low'
+    assert headline(find(measured(directions=rows[:1]))) == '1 finding: 1 low'
     assert len(lines) == 4
     assert lines[0]['text'].startswith('layer 5 forward: 60 %')
     assert lines[3]['text'] == '… and 3 more of this kind, in layers 0 to 2'

@@ -1,11 +1,8 @@
 """Perturb test images with Fourier modes, and measure a model's response.
 
-For CONFIG and CHECKPOINT of a classifier of MMPretrain or a segmentor of
-MMSegmentation: score, flip rate against the clean images and shift of the
-logits for each frequency, and beside them Gaussian noise, brightness and
-JPEG of the same energy. For the folder of a study of tools/ablation.py: the
-same for all its checkpoints, with mean and standard deviation over seeds.
-Writes tables, their data as CSV, and a figure as PNG.
+For CONFIG and CHECKPOINT of a classifier or a segmentor: score, flip rate
+and shift of the logits for each frequency, and beside them corruptions of the
+same energy. For the folder of a study: the same for all its checkpoints.
 """
 
 import argparse

@@ -9,12 +9,7 @@ tables/. docs/stability_report.md explains every section.
 import sys
 from collections.abc import Sequence
 
-from mmstabvim.analysis import command_line
-from mmstabvim.analysis.stability_report import (
-    find_source,
-    stability_report,
-    write,
-)
+from mmstabvim.analysis import command_line, stability_report
 from mmstabvim.apis import console, tokens, trained
 
 
@@ -38,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with console.working() as progress:
         for config, place in ((args.config, args.checkpoint), other):
             if place:
-                source = find_source(config, place)
+                source = stability_report.find_source(config, place)
                 args.config, args.checkpoint = config, source.checkpoint
                 cfg, model = trained.load_model(args)
                 samples = list(tokens.named_images(args, cfg, model))
-                report = stability_report(
+                report = stability_report.stability_report(
                     model,
                     [sample.image for sample in samples],
                     [sample.label for sample in samples],
@@ -53,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     progress=progress,
                 )
                 reports.append(report)
-        print('\n'.join(write(*reports, folder=folder, formats=args.formats)))
+        options = dict(folder=folder, formats=args.formats)
+        print('\n'.join(stability_report.write(*reports, **options)))
     print(f'Written: {folder / "stability_report.html"}')
 
 
