@@ -75,6 +75,9 @@ OPTIM_WRAPPER_CONSTRUCTORS = LazyRegistry(
 DATASETS = LazyRegistry(roots.DATASETS, 'mmstabvim.datasets')
 TRANSFORMS = LazyRegistry(roots.TRANSFORMS, 'mmstabvim.datasets')
 METRICS = LazyRegistry(roots.METRICS, 'mmstabvim.evaluation')
+VISUALIZERS = LazyRegistry(
+    roots.VISUALIZERS, 'mmstabvim.visualization.seg_overlay'
+)
 
 
 def import_of_mmseg(module: str, name: str) -> type:

@@ -65,7 +65,7 @@ NOT_RUN = {
     'study that takes hours; the page of another study runs it',
     'python tools/analysis_tools/eval_robustness.py work_dirs/': 'wants a '
     'study that takes hours',
-    'python tools/analysis_tools/reproduce_sensitivity.py': 'takes minutes, '
+    'python tools/reproduce/sensitivity.py': 'takes minutes, '
     'or wants a study that takes hours',
 }
 """Commands that are only checked, by how they begin, and why."""

@@ -32,7 +32,7 @@ LEVELS = {
     'visualization': 3,
     'apis': 4,
     'building': 0,
-    'reporting': 4,
+    'reporting': 3,
     'analysis': 5,
     'ablation': 5,
     'check_env': 4,

@@ -287,8 +287,8 @@ def test_overlays(test_config, checkpoint, tmp_path, tta):
     assert len(files) == 8
     for file in files:
         pixels = np.asarray(Image.open(file))
-        assert pixels.shape == (32, 64, 3)
-        truth, prediction = pixels[:, :32], pixels[:, 32:]
+        assert pixels.shape == (256, 512, 3)  # enlarged eight times
+        truth, prediction = pixels[:, :256], pixels[:, 256:]
         assert not np.array_equal(truth, prediction)
         assert all(len(np.unique(half)) > 20 for half in (truth, prediction))
 

@@ -1,10 +1,10 @@
 # `python tools/ablation.py run configs/ablation/regularizers.py --jobs 2`:
 # three regularizers against plain training on handwritten digits and on a
 # subset of CIFAR-10, three seeds. Then
-# `python tools/analysis_tools/reproduce_sensitivity.py table WORK_DIR`.
+# `python tools/reproduce/sensitivity.py table WORK_DIR`.
 title = 'Regularizers of the sensitivity framework'
 notes = [
-    'Sensitivity of the trained models: reproduce_sensitivity.py table.',
+    'Sensitivity of the trained models: tools/reproduce/sensitivity.py table.',
 ]
 metric = 'accuracy/top1'
 baseline = dict(regularizer='plain')

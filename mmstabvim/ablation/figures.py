@@ -10,10 +10,11 @@ import numpy as np
 
 from mmstabvim import visualization
 from mmstabvim.ablation import results, statistics
-from mmstabvim.ablation.layout import Layout, Picture, Rows, make_layout
+from mmstabvim.ablation.layout import Layout, Rows, make_layout
 from mmstabvim.ablation.results import Result, Study
 from mmstabvim.ablation.statistics import Combination, known
-from mmstabvim.visualization import spectra, style
+from mmstabvim.reporting import Picture, style
+from mmstabvim.visualization import spectra
 from mmstabvim.visualization.curves import Quantity
 
 _FACETS = 3  # beside one another in a figure of curves
@@ -409,8 +410,8 @@ def _spectrum(
         yield Picture(
             f'eigenvalues{suffix}',
             f'Eigenvalues of A over training{where}',
-            f'{seed} of several iterations. All layers and directions, an '
-            f'even sample of at most {_POINTS} eigenvalues a panel; the axes '
+            f'{seed} of several iterations. All layers and directions, at '
+            f'random at most {_POINTS} eigenvalues a panel; the axes '
             'hold the middle 99 % of them. Dashed: border of stability, '
             f'Re λ = 0; tinted: unstable.{aside if left_out else ""}',
             visualization.eigenvalue_figure(rows, series),
@@ -434,7 +435,7 @@ def _count_spectra(cell: Result) -> int:
 
 
 def _eigenvalue_rows(cell: Result, series: str) -> Rows:
-    """An even sample of the eigenvalues of all records that have some."""
+    """Draw a sample of the eigenvalues of all records that have some."""
     rows = [
         dict(
             series=series,
@@ -451,8 +452,9 @@ def _eigenvalue_rows(cell: Result, series: str) -> Rows:
     ]
     if len(rows) <= _POINTS:
         return rows
-    places = np.linspace(0, len(rows) - 1, _POINTS).round().astype(int)
-    return [rows[i] for i in places]
+    # every so many would be the same few modes of each channel
+    drawn = np.random.default_rng(0).permutation(len(rows))[:_POINTS]
+    return [rows[i] for i in np.sort(drawn)]
 
 
 def _decay_rows(cell: Result, series: str) -> Rows:

@@ -4,31 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from mmstabvim.ablation.results import Study
 from mmstabvim.ablation.statistics import Combination
 
 Rows = list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure, its data and its words.
-
-    Attributes:
-        name (str): File name without ending.
-        title (str): A few words.
-        caption (str): What is drawn and how it came about.
-        figure (Figure): The figure.
-        rows (list[dict]): Everything that is drawn.
-    """
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-    rows: Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mmstabvim.ablation import figures, page, results, statistics
-from mmstabvim.ablation.layout import Picture
 from mmstabvim.ablation.report_tables import make_tables
 from mmstabvim.ablation.results import Study
-from mmstabvim.reporting import tables
+from mmstabvim.reporting import Picture, style, tables
 from mmstabvim.reporting.tables import Table
-from mmstabvim.visualization import style
 
 _NAMES = (
     'sn: spectral normalization, ec: eigenvalue clamping, '
@@ -45,7 +43,7 @@ def write_report(work_dir: Path, out: Path) -> Path:
     pictures = []
     for picture in figures.make_pictures(study, combinations):
         base = out / 'figures' / picture.name
-        style.save(picture.figure, base)
+        style.save(picture.figure, base, style.FORMATS)
         csv = base.with_name(f'{base.name}.csv')
         csv.write_text(tables.to_csv(picture.rows))
         pictures.append(picture)

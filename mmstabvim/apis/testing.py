@@ -198,7 +198,8 @@ def _show_predictions(cfg: Config, args: argparse.Namespace) -> None:
     visualizer.setdefault('vis_backends', [dict(type='LocalVisBackend')])
     if segmentation:
         hook.setdefault('type', 'SegVisualizationHook')
-        visualizer.setdefault('type', 'SegLocalVisualizer')
+        if visualizer.get('type') in (None, 'SegLocalVisualizer'):
+            visualizer.type = 'mmstabvim.SegOverlayVisualizer'
         hook.draw = True
         if args.show_dir:
             visualizer.save_dir = args.show_dir

@@ -3,17 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mmstabvim.visualization import style
-
-Rows = Sequence[dict[str, Any]]
+from mmstabvim.reporting import style
+from mmstabvim.reporting.style import Rows, columns, select
 
 
 class Quantity(NamedTuple):
-    """What a line of panels shows.
+    """Content of a line of panels.
 
     Attributes:
         name (str): As in the rows; what follows ``' by '`` is the label of
@@ -27,13 +25,53 @@ class Quantity(NamedTuple):
     border: float | None = None
 
 
+def draw_lines(
+    axes: Axes,
+    rows: Rows,
+    series: Sequence[str],
+    x: str = 'x',
+    y: str = 'value',
+    band: bool = False,
+    few: int = 0,
+) -> None:
+    """Draw a line for each series that has rows, on a grid.
+
+    Args:
+        axes (Axes): The panel.
+        rows (Rows): ``series`` and the columns named below; with a band
+            ``low`` and ``high``, too.
+        series (Sequence[str]): In the order of the legend.
+        x (str): Horizontal column. Defaults to ``'x'``.
+        y (str): Vertical column. Defaults to ``'value'``.
+        band (bool): Tint the space from ``low`` to ``high``. Defaults to
+            False.
+        few (int): Number of points up to which each is marked. Defaults to 0.
+    """
+    for number, name in enumerate(series):
+        chosen = select(rows, series=name)
+        if not chosen:
+            continue
+        drawn = style.line_style(number)
+        places, values = columns(chosen, x, y)
+        if len(chosen) <= few:
+            drawn |= dict(marker=style.marker(number), markersize=3.5)
+        axes.plot(places, values, **drawn)
+        if band:
+            low, high = columns(chosen, 'low', 'high')
+            tint: Any = dict(color=drawn['color'], alpha=0.12, lw=0)
+            axes.fill_between(places, low, high, **tint)
+    axes.grid()
+    if not rows:
+        style.say_empty(axes)
+
+
 def curve_figure(
     rows: Rows,
     series: Sequence[str],
     label: str,
     quantities: Sequence[Quantity],
 ) -> Figure:
-    """Quantities over training, a line per series.
+    """Draw quantities over training, a line per series.
 
     An axis is logarithmic where its values span orders of magnitude.
 
@@ -43,65 +81,42 @@ def curve_figure(
             the trainings whose last finite value this is because they
             diverged.
         series (Sequence[str]): Order of the legend.
-        label (str): What the series are.
+        label (str): Meaning of the series.
         quantities (Sequence[Quantity]): From top to bottom.
 
     Returns:
         Figure: A line of panels per quantity, a column per facet.
     """
-    with style.look():
+    with style.figure_style():
         facets = style.unique(rows, 'facet')
         figure, grid = style.panels(
             len(quantities), len(facets), 1.75, sharex='row', sharey='row'
         )
-        for line, (name, unit, border) in enumerate(quantities):
-            for column, facet in enumerate(facets):
-                axes = grid[line, column]
-                chosen = [
-                    row
-                    for row in rows
-                    if row['quantity'] == name and row['facet'] == facet
-                ]
-                _draw(axes, chosen, series)
-                if border is not None:
-                    axes.axhline(border, color=style.GREY, lw=0.8, ls='--')
-                if line == 0:
-                    axes.set_title(facet)
-                axes.set_xlabel(name.partition(' by ')[2])
-            means = [row['mean'] for row in rows if row['quantity'] == name]
-            style.scale(grid[line, 0], np.array(means))
-            grid[line, 0].set_ylabel(unit)
+        for line, quantity in zip(grid, quantities, strict=True):
+            own = select(rows, quantity=quantity.name)
+            for axes, facet in zip(line, facets, strict=True):
+                chosen = select(own, facet=facet)
+                draw_lines(axes, chosen, series, 'step', 'mean', band=True)
+                _mark_ends(axes, chosen, series)
+                style.draw_border(axes, quantity.border)
+                style.tidy_steps(axes)
+                axes.set_title(facet if line is grid[0] else '')
+                axes.set_xlabel(quantity.name.partition(' by ')[2])
+            style.scale(line[0], columns(own, 'mean')[0])
+            line[0].set_ylabel(quantity.unit)
         style.add_legend(figure, series, label)
     return figure
 
 
-def _draw(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
-    """One panel."""
+def _mark_ends(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
+    """Cross out the last finite values of trainings that diverged."""
     for number, name in enumerate(series):
-        chosen = [row for row in rows if row['series'] == name]
-        if not chosen:
-            continue
-        look = style.line_style(number)
-        steps = np.array([row['step'] for row in chosen], float)
-        mean, low, high = (
-            np.array([row[key] for row in chosen], float)
-            for key in ('mean', 'low', 'high')
-        )
-        axes.plot(steps, mean, **look)
-        axes.fill_between(
-            steps, low, high, color=look['color'], alpha=0.12, lw=0
-        )
-        ended = np.array([row['ended'] > 0 for row in chosen])
+        ended = [row for row in select(rows, series=name) if row['ended'] > 0]
         axes.plot(
-            steps[ended],
-            mean[ended],
+            *columns(ended, 'step', 'mean'),
             'x',
-            color=look['color'],
+            color=style.line_style(number)['color'],
             markersize=5,
             markeredgewidth=1.4,
             zorder=4,
         )
-    style.tidy_steps(axes)
-    axes.grid()
-    if not rows:
-        style.say_empty(axes)

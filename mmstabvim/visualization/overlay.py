@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mmstabvim.visualization import style
+from mmstabvim.reporting import style
 
 Rows = Sequence[dict[str, Any]]
 
@@ -61,7 +61,7 @@ def overlay_figure(
         Figure: The figure.
     """
     signed = any(row['value'] < 0 for row in rows)
-    with style.look():
+    with style.figure_style():
         lines = -(-len(panels) // columns)
         tallest = max(
             p.image.shape[0] / p.image.shape[1] for p in panels.values()

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from mmstabvim.visualization import style
+from mmstabvim.reporting import style
+from mmstabvim.reporting.style import Rows, select
 
-Rows = Sequence[dict[str, Any]]
 _COLUMNS = 3
 
 
@@ -23,14 +23,14 @@ def score_figure(
     unit: str,
     baseline: str | None = None,
 ) -> Figure:
-    """Score of each series: mean, standard deviation and single seeds.
+    """Draw scores of each series: mean, standard deviation, single seeds.
 
     Args:
         rows (Rows): ``facet, series, seed, value, mean, std, n, note``, one
             per finished training; where there is none, one with ``n`` 0 and
             the ``note`` to write instead.
         series (Sequence[str]): Order on the axis.
-        label (str): What the series are.
+        label (str): Meaning of the series.
         unit (str): Label of the score.
         baseline (str | None): The series whose mean is drawn through the
             panel. Defaults to None.
@@ -38,12 +38,11 @@ def score_figure(
     Returns:
         Figure: A panel per facet, up to three in a line.
     """
-    with style.look():
+    with style.figure_style():
         facets = style.unique(rows, 'facet')
-        lines, columns = style.rows_and_columns(len(facets), _COLUMNS)
-        figure, grid = style.panels(lines, columns, 2.3)
-        for axes, facet in _fill(grid, facets):
-            chosen = [row for row in rows if row['facet'] == facet]
+        figure, grid, panels = style.facet_panels(facets, _COLUMNS, 2.3)
+        for axes, facet in panels:
+            chosen = select(rows, facet=facet)
             _draw_scores(axes, chosen, series)
             _draw_baseline(axes, chosen, baseline)
             axes.set_title(facet)
@@ -61,14 +60,14 @@ def rate_figure(
     unit: str,
     border: float | None = None,
 ) -> Figure:
-    """Score of each series by learning rate.
+    """Draw scores of each series by learning rate.
 
     Args:
         rows (Rows): ``facet, series, lr, seed, value, mean, std, n,
             diverged``, one per finished training; where there is none, one
             with ``n`` 0. ``diverged`` counts the trainings that did.
         series (Sequence[str]): Order of the legend.
-        label (str): What the series are.
+        label (str): Meaning of the series.
         unit (str): Label of the score.
         border (float | None): Score below which nothing has been learnt.
             Defaults to None.
@@ -76,17 +75,14 @@ def rate_figure(
     Returns:
         Figure: A panel per facet, up to three in a line.
     """
-    with style.look():
+    with style.figure_style():
         facets = style.unique(rows, 'facet')
-        lines, columns = style.rows_and_columns(len(facets), _COLUMNS)
-        figure, grid = style.panels(
-            lines, columns, 2.3, sharex=True, sharey=True
+        figure, grid, panels = style.facet_panels(
+            facets, _COLUMNS, 2.3, sharex=True, sharey=True
         )
-        for axes, facet in _fill(grid, facets):
-            chosen = [row for row in rows if row['facet'] == facet]
-            _draw_rates(axes, chosen, series)
-            if border is not None:
-                axes.axhline(border, color=style.GREY, lw=0.8, ls='--')
+        for axes, facet in panels:
+            _draw_rates(axes, select(rows, facet=facet), series)
+            style.draw_border(axes, border)
             axes.set_title(facet)
             axes.set_xlabel('learning rate')
         for axes in grid[:, 0]:
@@ -96,13 +92,10 @@ def rate_figure(
 
 
 def _draw_rates(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
-    """One panel; series beside one another, so that equal ones are seen."""
+    """Draw one panel, series side by side, so that equal ones are seen."""
     axes.set_xscale('log')
     for number, name in enumerate(series):
-        chosen = sorted(
-            (row for row in rows if row['series'] == name),
-            key=lambda row: row['lr'],
-        )
+        chosen = sorted(select(rows, series=name), key=lambda row: row['lr'])
         color = style.line_style(number)['color']
         aside = 1.07 ** (number - (len(series) - 1) / 2)
         first = {row['lr']: row for row in chosen if row['n']}
@@ -110,7 +103,7 @@ def _draw_rates(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
             [lr * aside for lr in first],
             [row['mean'] for row in first.values()],
             yerr=[row['std'] or math.nan for row in first.values()],
-            marker=style.MARKERS[number % len(style.MARKERS)],
+            marker=style.marker(number),
             markersize=3.5,
             capsize=2,
             elinewidth=0.9,
@@ -141,16 +134,10 @@ def _draw_rates(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
     axes.grid(axis='y')
 
 
-def _fill(grid: Any, facets: Sequence[Any]) -> list[tuple[Axes, Any]]:
-    """Pair panels with facets and hide the panels left over."""
-    used = style.hide_rest(grid, len(facets))
-    return list(zip(used, facets, strict=True))
-
-
 def _draw_scores(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
-    """One panel."""
+    """Draw one panel."""
     for place, name in enumerate(series):
-        chosen = [row for row in rows if row['series'] == name]
+        chosen = select(rows, series=name)
         if not chosen:
             continue
         if not chosen[0]['n']:
@@ -183,7 +170,7 @@ def _draw_scores(axes: Axes, rows: Rows, series: Sequence[str]) -> None:
             first['mean'],
             yerr=None if error is None or math.isnan(error) else error,
             color=color,
-            marker=style.MARKERS[place % len(style.MARKERS)],
+            marker=style.marker(place),
             markersize=4.5,
             capsize=3,
             elinewidth=1.1,
@@ -206,29 +193,29 @@ def _draw_baseline(axes: Axes, rows: Rows, baseline: str | None) -> None:
 def ladder_figure(
     rows: Rows, series: Sequence[str], label: str, unit: str
 ) -> Figure:
-    """Share of diverged trainings by learning rate.
+    """Draw the share of diverged trainings by learning rate.
 
     Args:
         rows (Rows): ``facet, series, lr, diverged, collapsed, n, planned,
             rate, mean``; ``n`` trainings ended, ``mean`` is the score of
             those that did not diverge.
         series (Sequence[str]): From top to bottom.
-        label (str): What the series are.
-        unit (str): What the score is.
+        label (str): Meaning of the series.
+        unit (str): Name of the score.
 
     Returns:
         Figure: A panel per facet, with the numbers written in.
     """
-    with style.look():
+    with style.figure_style():
         facets = style.unique(rows, 'facet')
         rates = sorted({row['lr'] for row in rows})
         columns = max(1, min(len(facets), 12 // len(rates)))
-        lines = math.ceil(len(facets) / columns)
-        figure, grid = style.panels(
-            lines, columns, 0.3 * len(series) + 0.5, sharey=True
+        height = 0.3 * len(series) + 0.5
+        figure, grid, panels = style.facet_panels(
+            facets, columns, height, sharey=True
         )
-        for axes, facet in _fill(grid, facets):
-            chosen = [row for row in rows if row['facet'] == facet]
+        for axes, facet in panels:
+            chosen = select(rows, facet=facet)
             image = _draw_ladder(axes, chosen, series, rates)
             axes.set_title(facet)
         for axes in grid[:, 0]:
@@ -247,7 +234,7 @@ def ladder_figure(
 def _draw_ladder(
     axes: Axes, rows: Rows, series: Sequence[str], rates: Sequence[float]
 ) -> Any:
-    """One panel; what has not ended is grey."""
+    """Draw one panel; what has not ended is grey."""
     values = np.full((len(series), len(rates)), np.nan)
     for row in rows:
         place = series.index(row['series']), rates.index(row['lr'])
@@ -266,7 +253,7 @@ def _draw_ladder(
 def _write_box(
     axes: Axes, place: tuple[int, int], row: dict[str, Any]
 ) -> None:
-    """Counts and score in one box."""
+    """Write counts and score into one box."""
     text = f'{row["diverged"]}/{row["n"]}' if row['n'] else 'none'
     if row['n'] < row['planned']:
         text += f' of {row["planned"]}'

@@ -10,25 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
-from mmstabvim.visualization import style
+from mmstabvim.reporting import style
+from mmstabvim.reporting.style import Rows, columns, select
 
-Rows = Sequence[dict[str, Any]]
 _COLUMNS = 4
 _ABSENT = '#D0D0D0'
 
 
-def _grid(series: Sequence[str], height: float) -> tuple[Figure, Any]:
-    """A panel per series, four in a line, on common axes."""
-    lines, columns = style.rows_and_columns(len(series), _COLUMNS)
-    figure, grid = style.panels(
-        lines, columns, height, sharex=True, sharey=True
-    )
-    style.hide_rest(grid, len(series))
-    return figure, grid
-
-
 def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
-    """Eigenvalues of the state matrices as training goes on.
+    """Draw eigenvalues of the state matrices as training goes on.
 
     Complex eigenvalues are shown in the complex plane with the step as
     colour; real ones, and those whose imaginary parts are below a fiftieth of
@@ -43,27 +33,41 @@ def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
     Returns:
         Figure: A panel per series.
     """
-    with style.look():
-        figure, grid = _grid(series, 1.75)
-        real = np.array([row['real'] for row in rows])
-        imag = np.array([row['imag'] for row in rows])
-        steps = np.array([row['step'] for row in rows], float)
+    with style.figure_style():
+        figure, grid, panels = style.facet_panels(
+            series, _COLUMNS, 1.75, sharex=True, sharey=True
+        )
+        real, imag, steps = columns(rows, 'real', 'imag', 'step')
         names = np.array([row['series'] for row in rows])
         plane = is_plane(rows)
         norm = Normalize(steps.min(), max(steps.max(), steps.min() + 1))
-        for axes, name in zip(grid.flat, series, strict=False):
+        for axes, name in panels:
             chosen = names == name
             x, y = (real, imag) if plane else (steps, real)
-            _draw_points(axes, x[chosen], y[chosen], steps[chosen], norm)
+            axes.scatter(
+                x[chosen],
+                y[chosen],
+                c=steps[chosen],
+                norm=norm,
+                s=4.0,
+                linewidths=0,
+                alpha=0.75,
+                rasterized=True,
+            )
             _draw_border(axes, plane, float(max(real.max(), 0.0)))
             axes.set_title(name)
             if not chosen.any():
                 style.say_empty(axes)
-        _label_eigenvalues(figure, grid, plane)
+        horizontal = 'Re λ (1/step)' if plane else 'training iteration'
+        figure.supxlabel(horizontal, fontsize=8)
+        vertical = 'Im λ (1/step)' if plane else 'Re λ (1/step)'
+        figure.supylabel(vertical, fontsize=8)
         if plane:
             _limit(grid[0, 0].set_xlim, real)
             _limit(grid[0, 0].set_ylim, imag)
-            _add_step_bar(figure, grid, norm)
+            scale = matplotlib.cm.ScalarMappable(norm, 'viridis')
+            bar = figure.colorbar(scale, ax=grid, shrink=0.8, pad=0.02)
+            bar.set_label('training iteration')
         else:
             _limit(grid[0, 0].set_ylim, real)
             style.tidy_steps(grid[0, 0])
@@ -71,7 +75,7 @@ def eigenvalue_figure(rows: Rows, series: Sequence[str]) -> Figure:
 
 
 def is_plane(rows: Rows) -> bool:
-    """Whether :func:`eigenvalue_figure` shows the complex plane.
+    """Decide that :func:`eigenvalue_figure` shows the complex plane.
 
     Args:
         rows (Rows): ``real, imag``.
@@ -81,23 +85,6 @@ def is_plane(rows: Rows) -> bool:
     """
     real = max(abs(row['real']) for row in rows)
     return max(abs(row['imag']) for row in rows) > 0.02 * real
-
-
-def _draw_points(
-    axes: Axes, x: Any, y: Any, steps: Any, norm: Normalize
-) -> None:
-    """Eigenvalues of one series, the latest on top."""
-    axes.scatter(
-        x,
-        y,
-        c=steps,
-        norm=norm,
-        cmap='viridis',
-        s=4.0,
-        linewidths=0,
-        alpha=0.75,
-        rasterized=True,
-    )
 
 
 def _draw_border(axes: Axes, plane: bool, far: float) -> None:
@@ -116,21 +103,8 @@ def _limit(set_limits: Any, values: Any) -> None:
     set_limits(low - margin, high + margin)
 
 
-def _label_eigenvalues(figure: Figure, grid: Any, plane: bool) -> None:
-    horizontal = 'Re λ (1/step)' if plane else 'training iteration'
-    figure.supxlabel(horizontal, fontsize=8)
-    vertical = 'Im λ (1/step)' if plane else 'Re λ (1/step)'
-    figure.supylabel(vertical, fontsize=8)
-
-
-def _add_step_bar(figure: Figure, grid: Any, norm: Normalize) -> None:
-    scale = matplotlib.cm.ScalarMappable(norm, 'viridis')
-    bar = figure.colorbar(scale, ax=grid, shrink=0.8, pad=0.02)
-    bar.set_label('training iteration')
-
-
 def decay_figure(rows: Rows, series: Sequence[str]) -> Figure:
-    """Largest ``|exp(delta A)|`` of each layer and direction over training.
+    """Draw the largest ``|exp(delta A)|`` of each layer over training.
 
     White is 1, the border: blue states forget, red ones grow. The scale is
     logarithmic in the distance from 1, as most values are close to it.
@@ -142,13 +116,15 @@ def decay_figure(rows: Rows, series: Sequence[str]) -> Figure:
     Returns:
         Figure: A heat map per series, on one scale.
     """
-    with style.look():
+    with style.figure_style():
         layers = style.unique(rows, 'layer')
         height = min(max(0.13 * len(layers) + 0.6, 1.3), 3.2)
-        figure, grid = _grid(series, height)
-        norm = _decay_scale(np.array([row['value'] for row in rows], float))
-        for axes, name in zip(grid.flat, series, strict=False):
-            chosen = [row for row in rows if row['series'] == name]
+        figure, grid, panels = style.facet_panels(
+            series, _COLUMNS, height, sharex=True, sharey=True
+        )
+        norm = _decay_scale(columns(rows, 'value')[0])
+        for axes, name in panels:
+            chosen = select(rows, series=name)
             axes.set_title(name)
             axes.spines[:].set_visible(False)
             if chosen:

@@ -1,4 +1,4 @@
-"""Stable rank normalization of convolution kernels: what solvers do."""
+"""Solvers of stable rank normalization for convolution kernels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,63 +6,19 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MultipleLocator
 
-from mmstabvim.visualization import style
+from mmstabvim.reporting import style
+from mmstabvim.reporting.style import Rows, columns, select
 
-Rows = Sequence[dict[str, Any]]
 _FRONT, _PATH, _EXACT = '#FFFFFF', '#D55E00', '#56B4E9'
-_LINES = ('#D55E00', '#0072B2', '#009E73', '#882255')
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], float)
-
-
-def form_eigenvalue_figure(rows: Rows, count: int) -> Figure:
-    """Eigenvalues of the quadratic form that is each frequency's gain.
-
-    Args:
-        rows (Rows): ``frequency, largest, second``.
-        count (int): Taps of the kernel, which bounds them.
-
-    Returns:
-        Figure: One panel.
-    """
-    with style.look():
-        figure, grid = style.panels(1, 1, 2.5)
-        axes = grid[0, 0]
-        frequency = _column(rows, 'frequency')
-        for number, name in enumerate(('largest', 'second')):
-            axes.plot(
-                frequency,
-                _column(rows, name),
-                marker=style.MARKERS[number],
-                markersize=2.5,
-                linewidth=1.0,
-                color=_LINES[number],
-            )
-        axes.axhline(count, color=style.GREY, lw=0.8, ls=':')
-        axes.set_xlabel('frequency k')
-        axes.set_ylabel('eigenvalue of $B_k$')
-        axes.set_ylim(-0.08 * count, 1.08 * count)
-        axes.margins(x=0.02)
-        axes.grid()
-        lines = axes.get_lines()[:2]
-        figure.legend(
-            lines,
-            ['largest', 'second largest'],
-            loc='outside lower center',
-            ncols=2,
-        )
-    return figure
+_LINES = ('#D55E00', '#0072B2')
 
 
 def sphere_figure(
     surface: Rows, path: Rows, marks: Rows, target: float
 ) -> Figure:
-    """Way of a descent on the unit sphere, over the stable rank.
+    """Draw the path of a descent on the unit sphere, over the stable rank.
 
     Args:
         surface (Rows): ``facet, row, column, x, y, stable_rank`` on a lattice
@@ -75,19 +31,18 @@ def sphere_figure(
     Returns:
         Figure: A panel per facet.
     """
-    with style.look():
+    with style.figure_style():
         facets = style.unique(surface, 'facet')
         figure, grid = style.panels(1, len(facets), 3.1)
-        ranks = _column(surface, 'stable_rank')
+        (ranks,) = columns(surface, 'stable_rank')
         levels = np.arange(2 * (ranks.min() // 2), ranks.max() + 2, 2)
         for axes, facet in zip(grid[0], facets, strict=True):
-            here = [
-                [row for row in rows if row['facet'] == facet]
-                for rows in (surface, path, marks)
-            ]
-            filled = _draw_surface(axes, here[0], levels, target)
-            _draw_path(axes, here[1])
-            _draw_marks(axes, here[2])
+            here = select(surface, facet=facet)
+            filled = _draw_surface(axes, here, levels, target)
+            _draw_path(axes, select(path, facet=facet))
+            for row in select(marks, facet=facet):
+                mark = _mark(row['name'], row['depth'] >= 0)
+                axes.plot(row['x'], row['y'], **mark)
             axes.set_title(facet)
             axes.set_aspect('equal')
             axes.set_axis_off()
@@ -95,18 +50,23 @@ def sphere_figure(
         bar.set_label('stable rank')
         bar.ax.axhline(target, color=_FRONT, lw=1.5)
         bar.ax.yaxis.set_major_locator(MultipleLocator(8))
-        _add_mark_legend(figure, marks, target)
+        names = style.unique(marks, 'name')
+        handles = [style.handle(**_mark(name)) for name in names]
+        handles.append(style.handle(color=_PATH, lw=1.6))
+        handles.append(style.handle(color='#BBBBBB', lw=1.5))
+        names += ['descent', f'stable rank {target:g} (white)']
+        style.legend_below(figure, handles, names)
     return figure
 
 
 def _draw_surface(
     axes: Axes, rows: Rows, levels: np.ndarray, target: float
 ) -> Any:
-    """Stable rank as colour, and the contour of the target."""
+    """Draw the stable rank as colour, and the contour of the target."""
     shape = [1 + max(row[name] for row in rows) for name in ('row', 'column')]
     x, y, values = (
-        _column(rows, name).reshape(shape)
-        for name in ('x', 'y', 'stable_rank')
+        found.reshape(shape)
+        for found in columns(rows, 'x', 'y', 'stable_rank')
     )
     filled = axes.contourf(x, y, values, levels=levels, cmap='viridis')
     axes.contour(x, y, values, [target], colors=_FRONT, linewidths=1.2)
@@ -119,8 +79,8 @@ def _draw_surface(
 
 
 def _draw_path(axes: Axes, rows: Rows) -> None:
-    """The way; dotted where it is behind the sphere."""
-    x, y, depth = (_column(rows, name) for name in ('x', 'y', 'depth'))
+    """Draw the path; dotted where it is behind the sphere."""
+    x, y, depth = columns(rows, 'x', 'y', 'depth')
     for front, dashes in ((depth >= 0, '-'), (depth <= 0, ':')):
         axes.plot(
             np.where(front, x, np.nan),
@@ -132,13 +92,8 @@ def _draw_path(axes: Axes, rows: Rows) -> None:
         )
 
 
-def _draw_marks(axes: Axes, rows: Rows) -> None:
-    for row in rows:
-        axes.plot(row['x'], row['y'], **_mark(row['name'], row['depth'] >= 0))
-
-
 def _mark(name: str, front: bool = True) -> dict[str, Any]:
-    """Look of a named point; hollow where it is behind the sphere."""
+    """Style of a named point; hollow where it is behind the sphere."""
     color, marker = {
         'start': (_PATH, 'o'),
         'end of the descent': (_PATH, 's'),
@@ -156,71 +111,8 @@ def _mark(name: str, front: bool = True) -> dict[str, Any]:
     )
 
 
-def _add_mark_legend(figure: Figure, marks: Rows, target: float) -> None:
-    names = style.unique(marks, 'name')
-    handles = [Line2D([], [], **_mark(name)) for name in names]
-    contour = Line2D([], [], color='#BBBBBB', lw=1.5)
-    figure.legend(
-        [*handles, Line2D([], [], color=_PATH, lw=1.6), contour],
-        [*names, 'descent', f'stable rank {target:g} (white)'],
-        loc='outside lower center',
-        ncols=6,
-        columnspacing=1.2,
-        handletextpad=0.5,
-    )
-
-
-def descent_figure(rows: Rows, series: Sequence[str], target: float) -> Figure:
-    """Objective and stable rank along descents.
-
-    Args:
-        rows (Rows): ``series, step, objective, stable_rank``.
-        series (Sequence[str]): Order of the legend.
-        target (float): Stable rank that was asked for.
-
-    Returns:
-        Figure: A panel for each of the two.
-    """
-    with style.look():
-        figure, grid = style.panels(1, 2, 2.3)
-        for axes, name in zip(
-            grid[0], ('objective', 'stable_rank'), strict=True
-        ):
-            for number, label in enumerate(series):
-                chosen = [row for row in rows if row['series'] == label]
-                axes.plot(
-                    _column(chosen, 'step'),
-                    _column(chosen, name),
-                    color=_LINES[number % len(_LINES)],
-                )
-            style.tidy_steps(axes)
-            axes.set_xlabel('iterate')
-            axes.grid()
-        grid[0, 0].set_ylabel('objective h')
-        style.scale(grid[0, 0], _column(rows, 'objective'))
-        grid[0, 1].set_ylabel('stable rank')
-        grid[0, 1].axhline(target, color=style.GREY, lw=0.8, ls='--')
-        grid[0, 1].annotate(
-            f'asked for: {target:g}',
-            (0.98, target),
-            xycoords=('axes fraction', 'data'),
-            xytext=(0, 3),
-            textcoords='offset points',
-            ha='right',
-            color=style.GREY,
-            fontsize=7,
-        )
-        figure.legend(
-            grid[0, 0].get_lines()[: len(series)],
-            series,
-            loc='outside lower center',
-            ncols=len(series),
-        )
-    return figure
-
-
 def target_figure(rows: Rows, spectra: Rows, series: Sequence[str]) -> Figure:
-    """What solvers reach for each target, and a kernel's spectrum.
+    """Draw results of solvers for each target, and a kernel's spectrum.
 
     Args:
         rows (Rows): ``facet, series, target, stable_rank, gain``; ``gain`` is
@@ -232,49 +124,33 @@ def target_figure(rows: Rows, spectra: Rows, series: Sequence[str]) -> Figure:
     Returns:
         Figure: A line of three panels per facet.
     """
-    with style.look():
+    with style.figure_style():
         facets = style.unique(rows, 'facet')
         figure, grid = style.panels(len(facets), 3, 1.95)
         for line, facet in zip(grid, facets, strict=True):
-            chosen = [row for row in rows if row['facet'] == facet]
-            target = _column(chosen, 'target')
+            chosen = select(rows, facet=facet)
+            (target,) = columns(chosen, 'target')
             line[0].plot(target, target, color=style.GREY, lw=0.8, ls='--')
-            line[1].axhline(1, color=style.GREY, lw=0.8, ls='--')
+            style.draw_border(line[1], 1)
             for name, axes in zip(('stable_rank', 'gain'), line, strict=False):
-                _draw_targets(axes, chosen, series, name)
+                for label, color in zip(series, _LINES, strict=False):
+                    own = select(chosen, series=label)
+                    axes.plot(*columns(own, 'target', name), color=color)
+                axes.set_xlabel('stable rank asked for')
+                axes.grid()
             line[0].set_ylabel('stable rank')
             line[1].set_ylabel('largest singular value')
             for axes in line:
                 axes.set_title(facet)
-            here = [row for row in spectra if row['facet'] == facet]
-            _draw_spectrum(line[2], here)
+            _draw_spectrum(line[2], select(spectra, facet=facet))
         lines = grid[0, 0].get_lines()[: len(series) + 1]
-        figure.legend(
-            lines,
-            ['asked for', *series],
-            loc='outside lower center',
-            ncols=len(lines),
-        )
+        style.legend_below(figure, lines, ['asked for', *series])
     return figure
 
 
-def _draw_targets(
-    axes: Axes, rows: Rows, series: Sequence[str], name: str
-) -> None:
-    for number, label in enumerate(series):
-        chosen = [row for row in rows if row['series'] == label]
-        axes.plot(
-            _column(chosen, 'target'),
-            _column(chosen, name),
-            color=_LINES[number % len(_LINES)],
-        )
-    axes.set_xlabel('stable rank asked for')
-    axes.grid()
-
-
 def _draw_spectrum(axes: Axes, rows: Rows) -> None:
-    """Bars, and the spectrum that there should be."""
-    index, value = _column(rows, 'index'), _column(rows, 'value')
+    """Draw bars, and the spectrum that there should be."""
+    index, value = columns(rows, 'index', 'value')
     axes.bar(index, value, width=1.0, color=_LINES[0], alpha=0.7)
     axes.plot(
         [0.5, 1.5, 1.5, len(index) + 0.5],

@@ -18,8 +18,8 @@ from mmstabvim.ablation import (
     results,
     statistics,
 )
-from mmstabvim.reporting import tables
-from mmstabvim.visualization import eigenvalue_figure, style
+from mmstabvim.reporting import style, tables
+from mmstabvim.visualization import eigenvalue_figure
 
 STABILIZERS = ['none', 'sn', 'all']
 LAYERS = [

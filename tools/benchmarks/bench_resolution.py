@@ -41,8 +41,9 @@ from torch.utils import flop_counter as flops
 
 from mmstabvim import VisionMamba
 from mmstabvim.ablation.progress import duration
+from mmstabvim.reporting import style
 from mmstabvim.reporting.tables import Table, to_csv, to_markdown
-from mmstabvim.visualization import curve_figure, style
+from mmstabvim.visualization import curve_figure
 from mmstabvim.visualization.curves import Quantity
 
 Row = dict[str, Any]

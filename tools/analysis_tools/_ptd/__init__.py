@@ -1,1 +1,0 @@
-"""Parts of ``reproduce_ptd.py``."""

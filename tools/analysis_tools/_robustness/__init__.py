@@ -1,1 +1,0 @@
-"""Parts of ``eval_robustness.py``."""

@@ -1,1 +1,0 @@
-"""What ``stability_report.py`` measures, finds, draws and writes."""
