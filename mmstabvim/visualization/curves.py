@@ -100,7 +100,7 @@ def curve_figure(
                 _mark_ends(axes, chosen, series)
                 style.draw_border(axes, quantity.border)
                 style.tidy_steps(axes)
-                axes.set_title(facet if line is grid[0] else '')
+                axes.set_title(facet if quantity is quantities[0] else '')
                 axes.set_xlabel(quantity.name.partition(' by ')[2])
             style.scale(line[0], columns(own, 'mean')[0])
             line[0].set_ylabel(quantity.unit)

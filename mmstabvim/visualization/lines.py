@@ -146,7 +146,7 @@ def robustness_figure(
                 chosen = select(modes, **wanted)
                 draw_lines(wide, chosen, series, 'x', 'mean', True, _FEW)
                 _draw_others(narrow, select(others, **wanted), series)
-                wide.set_title(facet if line is grid[0] else '')
+                wide.set_title(facet if quantity is quantities[0] else '')
                 if quantity is quantities[-1]:
                     wide.set_xlabel('frequency (cycles per token)')
             line[0].set_ylabel(quantity.unit)

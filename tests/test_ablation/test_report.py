@@ -272,7 +272,7 @@ def test_curves_are_mean_and_range(pictures):
     assert [a.get_xlabel() for a in axes] == ['training iteration'] * 4 + [
         'epoch'
     ] * 2
-    line = axes[1].get_lines()[2]  # none and its marks, then sn
+    line = axes[1].get_lines()[1]  # none, sn, and their marks
     assert list(line.get_ydata()) == [2.0, 2.5, 3.5]
 
 

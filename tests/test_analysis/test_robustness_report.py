@@ -292,6 +292,7 @@ def test_figure_draws_the_rows():
         modes, others, ['a', 'b'], 'init', [Quantity('top1', 'accuracy')]
     )
     wide, narrow = figure.axes
+    assert wide.get_title() == 'F'
     assert [line.get_ydata().tolist() for line in wide.lines] == [
         [0.0, 0.5],
         [1.0, 1.5],

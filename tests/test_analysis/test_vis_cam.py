@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from functools import partial
 
 import cv2
 import numpy as np
@@ -311,7 +312,7 @@ def test_a_segmentor_has_no_class_of_the_image(scenes, tmp_path):
         tool.main([*scenes, f'--out={tmp_path}'])
 
 
-def test_names_of_classes(digits, tmp_path, capsys):
+def test_names_of_classes(digits, tmp_path, monkeypatch):
     """In the table and the titles, where the model knows them."""
     _, _, model = load(digits())
     assert tokens.class_name(model, 3) == 'class 3'  # named '3'
@@ -321,6 +322,8 @@ def test_names_of_classes(digits, tmp_path, capsys):
     image = torch.rand(1, 3, 32, 32)
     sample = tokens.Sample('a.png', image, 1)
     facts = dict(config='c', checkpoint='d', source='a test')
+    as_text = partial(cam.writing.save, formats=['svg'])
+    monkeypatch.setattr(cam.writing, 'save', as_text)
     table = cam.write_maps(model, [sample], tmp_path, facts, target=0)
     assert '| a.png | dog |' in table
     assert '| cat (' in table
