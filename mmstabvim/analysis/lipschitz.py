@@ -1,8 +1,9 @@
 """Lipschitz bounds of a Vision Mamba, where they exist, and local gains."""
 
 import math
+import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from mmstabvim.analysis.mixers import (
     WAYS,
-    directions_of,
     find_mixer_blocks,
     last_output,
     layer_of,
@@ -22,13 +22,18 @@ from mmstabvim.analysis.mixers import (
     way_of,
 )
 from mmstabvim.analysis.weights import measure_weight, norm_figure, norm_marks
-from mmstabvim.layers import RMSNorm, SelectiveSSM, VisionMambaBlock
+from mmstabvim.layers import RMSNorm, VisionMambaBlock
 from mmstabvim.reporting import make_table, number, render, save
 from mmstabvim.stability import (
     find_layers,
     layer_norms,
     local_jacobian_norm,
     spectral_norm,
+)
+from mmstabvim.stability.weights.layers import (
+    current_weight,
+    operator_of,
+    weight_parts,
 )
 
 Row = dict[str, Any]
@@ -124,7 +129,7 @@ def lipschitz_report(
         if row['kind'] == 'MambaMixer':
             row['local'] = max(found[row['name']] for found in local)
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    rows.sort(key=lambda row: order[row['name']])
+    rows.sort(key=lambda row: order[_module_name(row['name'], order)])
     origin = facts.pop('origin', 'the caller')
     about: Row = dict(config=type(model).__name__, checkpoint='given weights')
     about |= facts
@@ -140,6 +145,11 @@ def lipschitz_report(
     return LipschitzReport(rows, list(blocks), about)
 
 
+def _module_name(name: str, known: Collection[str]) -> str:
+    """Name the layer of a direction's weight."""
+    return name if name in known else name.rpartition('.')[0]
+
+
 def weight_rows(model: nn.Module, progress: Progress) -> Rows:
     """Measure each linear layer and convolution."""
     layers = find_layers(model, ['*'])
@@ -147,10 +157,13 @@ def weight_rows(model: nn.Module, progress: Progress) -> Rows:
     rows = []
     for name, layer in layers.items():
         # one by one, for the bar: those of a large model take a while
-        sigma = layer_norms({name: layer})[name]
-        found, _ = measure_weight(layer, sigma)
-        row = _row(name, type(layer).__name__, 'linear', sigma)
-        rows.append(row | {key: found[key] for key in found if key in row})
+        norms = layer_norms({name: layer})
+        parts = weight_parts(name, layer, current_weight(layer))
+        for part, sigma in norms.items():
+            weight = parts[part].view()
+            found, _ = measure_weight(operator_of(layer), weight, sigma)
+            row = _row(part, type(layer).__name__, 'linear', sigma)
+            rows.append(row | {key: found[key] for key in found if key in row})
         progress.advance(bar)
     return rows
 
@@ -189,15 +202,17 @@ def mixer_rows(name: str, block: VisionMambaBlock) -> Iterator[Row]:
     yield _row(mixer, 'MambaMixer', NOT_LIPSCHITZ, None)
     weight = block.mixer.in_proj.weight.detach().chunk(2)[0]
     read = float(spectral_norm(weight))
-    for way, direction in zip(WAYS, directions_of(block), strict=True):
-        norms = layer_norms({'conv1d': direction.conv1d})
-        u = read * norms['conv1d'] * SILU_LIPSCHITZ
-        parts = direction.x_proj.weight.detach().split(direction.sizes)
-        step = direction.dt_proj.weight.detach().double() @ parts[0].double()
+    norms = layer_norms({'conv1d': block.mixer.conv1d}).values()
+    each = zip(WAYS, norms, block.mixer.direction_weights(), strict=True)
+    for way, norm, weights in each:
+        u = read * norm * SILU_LIPSCHITZ
+        wide = [w.detach().double() for w in weights]
+        _, _, dt_rows, B_rows, C_rows, dt_proj, *_ = wide
+        step = dt_proj @ dt_rows
         gains = dict(u=1.0, delta=float(spectral_norm(step)))
         gains |= {
             n: float(spectral_norm(w))
-            for n, w in zip('BC', parts[1:], strict=True)
+            for n, w in zip('BC', (B_rows, C_rows), strict=True)
         }
         for target, gain in gains.items():
             statement = f'normalized tokens to {target}, {way}'
@@ -229,7 +244,7 @@ def local_norms(
     if method == 'double_backward':
         # exact products with the Jacobian differentiate twice
         for module in model.modules():
-            if isinstance(module, SelectiveSSM):
+            if isinstance(getattr(module, 'backend', None), str):
                 module.backend = 'reference'
     options: Any = dict(steps=steps, method=method)
     bar = progress.add_task('Jacobians', total=len(inputs) * (len(blocks) + 1))
@@ -273,7 +288,9 @@ def report_marks(report: LipschitzReport) -> Rows:
     rows = [
         dict(
             row,
-            kind=row['name'].split('.')[-1].replace('mixer', LOCAL),
+            kind=re.sub(r'\.\d$', '', row['name'])
+            .split('.')[-1]
+            .replace('mixer', LOCAL),
             layer=layer_of(row['name'], report.blocks),
             direction=way_of(row['name']),
             sigma=row['sigma'] if row['local'] is None else row['local'],

@@ -1,5 +1,6 @@
 """Mixers of a model: find them, watch them run, name their parts."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,9 @@ from mmstabvim.apis.trained import find_blocks
 from mmstabvim.layers import VisionMambaBlock
 
 WAYS = ('forward', 'backward')
+_DIRECTION = re.compile(
+    r'\.(?:conv1d|ssm|x_proj|dt_proj|state_matrix)\.([01])(?:\.|$)'
+)
 """Directions of a mixer, in the order of its modules."""
 
 Blocks = Mapping[str, VisionMambaBlock]
@@ -41,11 +45,6 @@ def find_mixer_blocks(model: torch.nn.Module) -> Blocks:
             f'{type(model).__name__} without one'
         )
     return blocks
-
-
-def directions_of(block: VisionMambaBlock) -> list[Any]:
-    """Directions of a block's mixer, in the order of ``WAYS``."""
-    return list(block.mixer.directions)
 
 
 @contextmanager
@@ -120,13 +119,11 @@ def layer_of(name: str, blocks: Sequence[str]) -> int | None:
 
 
 def way_of(name: str) -> str:
-    """Direction that a parameter belongs to, empty for none.
+    """Find the direction of a weight, empty for none.
 
     Example:
-        >>> way_of('layers.0.mixer.directions.1.x_proj.weight')
+        >>> way_of('layers.0.mixer.ssm.x_proj.1')
         'backward'
     """
-    for number, way in enumerate(WAYS):
-        if f'.directions.{number}.' in name:
-            return way
-    return ''
+    match = _DIRECTION.search(name)
+    return WAYS[int(match[1])] if match else ''

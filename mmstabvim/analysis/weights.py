@@ -16,7 +16,12 @@ from mmstabvim.stability import (
     singular_values,
     spectral_norm,
 )
-from mmstabvim.stability.weights.layers import current_weight, operator_of
+from mmstabvim.stability.weights.layers import (
+    Operator,
+    current_weight,
+    operator_of,
+    weight_parts,
+)
 from mmstabvim.visualization import Quantity, line_figure
 
 Row = dict[str, Any]
@@ -54,20 +59,25 @@ def weight_rows(model: nn.Module, blocks: Sequence[str]) -> tuple[Rows, Rows]:
     norms = known_norms(fine)
     rows: Rows = []
     spectra: Rows = []
-    for name, layer in layers.items():
-        row: Row = dict(
-            layer=layer_of(name, blocks),
-            direction=way_of(f'{name}.'),
-            name=name,
-            kind=name.rpartition('.')[2],
-            shape='x'.join(map(str, current_weight(layer).shape)),
-            finite=name in fine,
-        )
-        if name in norms:
-            found, values = measure_weight(layer, norms[name])
-            row |= found
-            spectra += spectrum_rows(row, values)
-        rows.append(row)
+    for layer_name, layer in layers.items():
+        kind = layer_name.rpartition('.')[2]
+        parts = weight_parts(layer_name, layer, current_weight(layer))
+        for name, part in parts.items():
+            weight = part.view()
+            row: Row = dict(
+                layer=layer_of(name, blocks),
+                direction=way_of(name),
+                name=name,
+                kind=kind,
+                shape='x'.join(map(str, weight.shape)),
+                finite=layer_name in fine,
+            )
+            if name in norms:
+                operator = operator_of(layer)
+                found, values = measure_weight(operator, weight, norms[name])
+                row |= found
+                spectra += spectrum_rows(row, values)
+            rows.append(row)
     return rows, spectra
 
 
@@ -85,12 +95,13 @@ def known_norms(layers: Mapping[str, nn.Module]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure_weight(
-    layer: nn.Module, sigma: float
+    operator: Operator, weight: Tensor, sigma: float
 ) -> tuple[Row, Tensor | None]:
     """Measure norm and ranks of a linear layer or convolution.
 
     Args:
-        layer (nn.Module): Finite weight.
+        operator (Operator): Linear map of the weight.
+        weight (Tensor): Finite weight, of one direction.
         sigma (float): Its largest singular value, or a bound.
 
     Returns:
@@ -98,7 +109,7 @@ def measure_weight(
         of a depthwise convolution), of one matrix also ``effective_rank,
         full_rank, condition``, and its singular values in falling order.
     """
-    operator, weight = operator_of(layer), current_weight(layer).double()
+    weight = weight.detach().double()
     energy = float(weight.square().sum())
     row: Row = dict(sigma=sigma, exact=operator.factor == 1)
     if operator.depthwise:

@@ -216,7 +216,9 @@ def test_the_command_line(digits, tmp_path, capsys):
 def test_a_mixer_that_hides_its_scan(digits):
     model = get_model(digits())
     model.backbone.layers[1].mixer.forward = lambda x: x
-    with pytest.raises(ValueError, match=r'layers\.1\.mixer\.ssm must run a scan'):
+    with pytest.raises(
+        ValueError, match=r'layers\.1\.mixer\.ssm must run a scan'
+    ):
         flops.count_flops(model, torch.zeros(1, 3, 32, 32))
 
 

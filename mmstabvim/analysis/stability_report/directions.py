@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmstabvim.analysis.mixers import WAYS, directions_of
+from mmstabvim.analysis.mixers import WAYS
 from mmstabvim.layers import SelectiveSSM, VisionMambaBlock, scan_kind
 from mmstabvim.stability import (
     count_nonfinite,
@@ -46,15 +46,16 @@ class Direction:
         layer (int): Place of its block in the model.
         way (str): ``'forward'`` or ``'backward'``.
         name (str): Of the module.
-        ssm (SelectiveSSM): The direction.
+        ssm (SelectiveSSM): The layer.
+        number (int): Of the direction in it.
     """
 
     def __init__(
-        self, layer: int, way: str, name: str, ssm: SelectiveSSM
+        self, layer: int, way: str, name: str, ssm: SelectiveSSM, number: int
     ) -> None:
         self.layer, self.way, self.name = layer, way, name
-        self.reverse = ssm.reverse
-        self.values, self.condition = spectrum(ssm)
+        self.reverse = ssm.order.reverse[number]
+        self.values, self.condition = spectrum(ssm, number)
         self.kind = None
         if self.values is not None:
             self.kind = scan_kind(ssm.state_matrix)
@@ -177,28 +178,29 @@ def all_directions(
     """The directions of every block, in the model's order."""
     return [
         [
-            Direction(layer, way, f'{name}.mixer.directions.{i}', ssm)
-            for i, (way, ssm) in enumerate(
-                zip(WAYS, directions_of(block), strict=True)
-            )
+            Direction(layer, way, f'{name}.mixer.ssm.{i}', block.mixer.ssm, i)
+            for i, way in enumerate(WAYS)
         ]
         for layer, (name, block) in enumerate(blocks.items())
     ]
 
 
 @torch.no_grad()
-def spectrum(ssm: SelectiveSSM) -> tuple[Tensor | None, float | None]:
+def spectrum(
+    ssm: SelectiveSSM, number: int
+) -> tuple[Tensor | None, float | None]:
     """Eigenvalues (rows, d_state) on the CPU, and the worst condition number.
 
     Of a pair both; None where a parameter of the matrix is not finite.
     """
     matrix = ssm.state_matrix
-    if not all(torch.isfinite(p).all() for p in matrix.raw()):
+    if not all(torch.isfinite(p).all() for p in matrix.free):
         return None, None
-    values = matrix.eigenvalues().detach().cpu()
+    values = matrix.by_direction(matrix.eigenvalues())[number].detach().cpu()
     if matrix.multiplicity == 2:
         values = torch.cat([values, values.conj()], 1)
-    return values, float(matrix.condition())
+    condition = matrix.by_direction(matrix.condition())[number]
+    return values, float(condition.amax())
 
 
 def spectrum_row(values: Tensor | None, condition: float | None) -> Row:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmstabvim.analysis.mixers import (
     Blocks,
-    directions_of,
     find_mixer_blocks,
     no_progress,
     run_to_mixers,
@@ -270,9 +269,9 @@ def _why_not(
 
 def _state_matrix_facts(blocks: Blocks) -> Row:
     """Kind and sizes of the first state matrix."""
-    matrix = directions_of(next(iter(blocks.values())))[0].state_matrix
+    matrix = next(iter(blocks.values())).mixer.ssm.state_matrix
     return dict(
-        state_matrix=type(matrix).__name__.removesuffix('StateMatrix'),
+        state_matrix=type(matrix.parametrization).__name__,
         channels=matrix.d_inner,
         modes=matrix.d_state * matrix.multiplicity,
     )

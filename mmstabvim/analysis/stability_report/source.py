@@ -144,12 +144,13 @@ def short_name(name: str) -> str:
     """Number and direction of a layer.
 
     Example:
-        >>> short_name('backbone.layers.3.mixer.directions.0')
+        >>> short_name('backbone.layers.3.mixer.ssm.0')
         '3 fwd'
     """
     parts: Sequence[str] = name.split('.')
-    if 'directions' not in parts or 'layers' not in parts:
+    # records up to version 0.1 have "directions"
+    if parts[-2:-1] not in (['ssm'], ['directions']) or 'layers' not in parts:
         return name
     layer = parts[parts.index('layers') + 1]
-    way = ('fwd', 'bwd')[int(parts[parts.index('directions') + 1])]
+    way = ('fwd', 'bwd')[int(parts[-1])]
     return f'{layer} {way}'
