@@ -44,12 +44,11 @@ def set_weights(model):
         mixer.in_proj.weight[channel, channel] = 1
     mixer.in_proj.weight[half + BRIGHT, CLASS] = 1  # gate
     mixer.out_proj.weight[FOUND, BRIGHT] = 1
-    for direction in mixer.directions:
-        direction.conv1d.weight[:, :, -1] = 1  # the token itself
-        rank, state, _ = direction.sizes
-        direction.x_proj.weight[rank : rank + state, ANY] = 1
-        direction.x_proj.weight[rank + state :, CLASS] = 1
-        direction.dt_proj.bias.fill_(-5.0)  # slow: all tokens count
+    mixer.conv1d.weight[:, -1] = 1  # the token itself
+    for weights in mixer.direction_weights():
+        weights.B_rows[:, ANY] = 1
+        weights.C_rows[:, CLASS] = 1
+    mixer.ssm.dt_bias.fill_(-5.0)  # slow: all tokens count
     model.head.fc.weight[1, FOUND] = 1
 
 

@@ -71,8 +71,8 @@ def test_largest_step_size_is_the_models_own(digits, tmp_path):
     rows, _ = run(arguments, tmp_path / 'out')
     args, cfg, model = load([*arguments, '--samples=3'])
     seen = []
-    direction = model.backbone.layers[1].mixer.directions[1]
-    direction.observers.append(lambda delta: seen.append(delta.max().item()))
+    ssm = model.backbone.layers[1].mixer.ssm
+    ssm.observers.append(lambda delta: seen.append(delta[1].max().item()))
     with torch.no_grad():
         for image in trained.load_images(args, cfg, model):
             model(image, mode='tensor')
@@ -101,8 +101,8 @@ def test_first_layer_that_may_overflow(digits, tmp_path, capsys):
     """An eigenvalue that does not decay, in layer 1 only."""
 
     def change(model):
-        direction = model.backbone.layers[1].mixer.directions[1]
-        direction.state_matrix.A[3, 2] = 0.0
+        matrix = model.backbone.layers[1].mixer.ssm.state_matrix
+        matrix.by_direction(matrix.A)[1][3, 2] = 0.0
 
     arguments = digits(change, state_matrix=SIGNED)
     rows, facts = run(arguments, tmp_path / 'out')

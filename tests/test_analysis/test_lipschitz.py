@@ -95,9 +95,8 @@ def test_product_bounds_hold(small, report):
     rows, _ = report
     _, _, model = load(small)
     mixer = model.backbone.layers[1].mixer.double()
-    for direction in mixer.directions:
-        # where softplus is steep; the bounds do not depend on it
-        direction.dt_proj.bias.data.fill_(5.0)
+    # where softplus is steep; the bounds do not depend on it
+    mixer.ssm.dt_bias.data.fill_(5.0)
     bounds = pick(rows, kind='product bound', name='backbone.layers.1.mixer')
     assert len(bounds) == 8
     torch.manual_seed(0)
@@ -125,8 +124,7 @@ def test_product_bounds_are_attained_by_one_channel():
     block = VisionMambaBlock(1, **options).double()
     for parameter in block.parameters():
         parameter.data.fill_(0.9)
-    for direction in block.mixer.directions:
-        direction.dt_proj.bias.data.fill_(50.0)
+    block.mixer.ssm.dt_bias.data.fill_(50.0)
     rows = list(lipschitz.mixer_rows('block', block))[1:]
     start = torch.full((1, 1, 1), (2.39936 - 0.9) / 0.9**2).double()
     for row in rows:

@@ -334,7 +334,7 @@ def test_the_matrix_of_starts():
         backbone = dict(cfg.model.backbone)
         backbone['arch'] = dict(backbone['arch'], num_layers=1)
         model = MODELS.build(backbone)
-        matrix = model.layers[0].mixer.directions[0].state_matrix
+        matrix = model.layers[0].mixer.ssm.state_matrix
         values = matrix.eigenvalues().detach()
         reals[cell.labels['init']] = values[0].real
     legs = torch.full((8,), -0.5, dtype=reals['s4d_legs'].dtype)

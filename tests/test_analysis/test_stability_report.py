@@ -33,7 +33,7 @@ from mmstabvim.analysis.stability_report.findings import (
 )
 from mmstabvim.analysis.stability_report.thresholds import THRESHOLDS
 from mmstabvim.apis import tokens, trained
-from mmstabvim.layers import SelectiveSSM
+from mmstabvim.layers import ScanOrder, SelectiveSSM
 from mmstabvim.reporting import to_json
 from mmstabvim.stability import sensitivity_profile
 
@@ -91,24 +91,24 @@ def observed_steps(model, images):
     seen = {}
     for name, module in model.named_modules():
         if isinstance(module, SelectiveSSM):
-            seen[name] = []
-            module.observers.append(
-                lambda delta, name=name: seen[name].append(delta.detach())
-            )
+
+            def look(delta, name=name):
+                for k, one in enumerate(delta.detach()):
+                    seen.setdefault(f'{name}.{k}', []).append(one)
+
+            module.observers.append(look)
     with torch.no_grad():
         for image in images:
             model(image, mode='tensor')
-    return {
-        name: torch.cat(found).double().numpy() for name, found in seen.items()
-    }
+    return {name: torch.cat(steps) for name, steps in seen.items()}
 
 
 def shift_states(value, layer=1, way=1):
     """Give one eigenvalue of one direction another real part."""
 
     def change(model):
-        ssm = model.backbone.layers[layer].mixer.directions[way]
-        ssm.state_matrix.A[3, 2] = value
+        matrix = model.backbone.layers[layer].mixer.ssm.state_matrix
+        matrix.by_direction(matrix.A)[way][3, 2] = value
 
     return change
 
@@ -125,10 +125,11 @@ def test_numbers_of_a_direction_by_hand(digits, rough, matrix):
     assert len(data['directions']) == len(steps) == 4
     for row in data['directions']:
         layer, way = row['layer'], WAYS.index(row['direction'])
-        name = f'backbone.layers.{layer}.mixer.directions.{way}'
+        name = f'backbone.layers.{layer}.mixer.ssm.{way}'
         assert row['name'] == name
-        ssm = model.get_submodule(name)
-        values = ssm.state_matrix.dense().detach().to(torch.complex128)
+        ssm = model.get_submodule(name[:-2])
+        dense = ssm.state_matrix.by_direction(ssm.state_matrix.dense())[way]
+        values = dense.detach().to(torch.complex128)
         values = torch.linalg.eigvals(values).numpy()  # (rows, N)
         if matrix['type'] == 'complex':  # one of each pair is stored
             values = np.concatenate([values, values.conj()], 1)
@@ -192,9 +193,9 @@ def test_gradient_flow_sees_the_direction():
     deltas = torch.tensor([[[9.0], [0.1], [0.1]]])
     found = {}
     for way, reverse in zip(WAYS, (False, True), strict=True):
-        ssm = SelectiveSSM(1, 1, reverse=reverse)
+        ssm = SelectiveSSM(1, 1, order=ScanOrder((reverse,)))
         ssm.state_matrix.A_log.data.fill_(math.log(3.0))
-        direction = directions.Direction(0, way, way, ssm)
+        direction = directions.Direction(0, way, way, ssm, 0)
         direction.add(deltas)
         found[way] = direction.row()['vanished']
     assert found == dict(forward=0, backward=1)
@@ -391,16 +392,16 @@ def test_a_growing_mode_is_found(digits, tmp_path):
 def max_step(arguments):
     """Of the channel with the growing mode."""
     steps = observed_steps(*load_images(arguments))
-    return steps['backbone.layers.1.mixer.directions.1'][..., 3].max()
+    return steps['backbone.layers.1.mixer.ssm.1'][..., 3].max()
 
 
 @pytest.mark.parametrize(
     ('matrix', 'name'),
     [
         (dict(type='neg_exp'), 'in_proj.weight'),
-        (dict(type='neg_exp'), 'directions.0.state_matrix.A_log'),
-        (dict(type='full'), 'directions.1.state_matrix.blocks'),
-        (dict(type='complex'), 'directions.1.dt_proj.bias'),
+        (dict(type='neg_exp'), 'ssm.state_matrix.A_log'),
+        (dict(type='full'), 'ssm.state_matrix.blocks'),
+        (dict(type='complex'), 'ssm.dt_bias'),
     ],
     ids=lambda value: value if isinstance(value, str) else value['type'],
 )

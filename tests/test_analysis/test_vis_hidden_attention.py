@@ -118,11 +118,9 @@ def test_the_class_token_takes_from_the_patch_that_matters(tmp_path):
     model = planted.build_model(tmp_path, cls_token='middle')
     (block,) = model.backbone.layers
     with torch.no_grad():
-        for direction in block.mixer.directions:
-            rank, state, _ = direction.sizes
-            rows = direction.x_proj.weight[rank : rank + state]
-            rows.zero_()
-            rows[:, planted.BRIGHT] = 1
+        for weights in block.mixer.direction_weights():
+            weights.B_rows.zero_()
+            weights.B_rows[:, planted.BRIGHT] = 1
     generator = torch.Generator().manual_seed(0)
     for row, column in [(0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]:
         image = planted.make_image(generator, (row, column))
