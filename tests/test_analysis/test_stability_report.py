@@ -100,7 +100,9 @@ def observed_steps(model, images):
     with torch.no_grad():
         for image in images:
             model(image, mode='tensor')
-    return {name: torch.cat(steps) for name, steps in seen.items()}
+    return {
+        name: torch.cat(found).double().numpy() for name, found in seen.items()
+    }
 
 
 def shift_states(value, layer=1, way=1):
