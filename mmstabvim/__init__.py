@@ -31,6 +31,7 @@ _PUBLIC = {
     'RandomStateHook': 'mmstabvim.engine.hooks',
     'RobustnessMetric': 'mmstabvim.evaluation',
     'RobustnessWrapper': 'mmstabvim.evaluation',
+    'SegOverlayVisualizer': 'mmstabvim.visualization.seg_overlay',
     'SegmentationDataCheckHook': 'mmstabvim.engine.hooks',
     'SensitivityMetric': 'mmstabvim.evaluation',
     'SimpleFeaturePyramid': 'mmstabvim.models',
