@@ -315,7 +315,7 @@ def test_weight_decay_groups(name):
             assert group['weight_decay'] == wanted, names[p]
             decays[names[p]] = wanted > 0
     assert len(decays) == len(names)
-    direction = 'backbone.layers.1.mixer.directions.1.'
+    direction = 'backbone.layers.1.mixer.ssm.'
     assert decays[direction + 'state_matrix.A_log'] is official
     for excluded in (
         'backbone.pos_embed',
@@ -325,7 +325,7 @@ def test_weight_decay_groups(name):
         'backbone.norm.weight',
         direction + 'D',
         direction + 'conv1d.bias',
-        direction + 'dt_proj.bias',
+        direction + 'dt_bias',
         'head.fc.bias',
     ):
         assert not decays[excluded], excluded

@@ -305,7 +305,7 @@ def step_sizes(model):
         [
             F.softplus(value)
             for name, value in model.named_parameters()
-            if name.endswith('dt_proj.bias')
+            if name.endswith('dt_bias')
         ]
     )
 

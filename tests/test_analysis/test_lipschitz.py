@@ -14,6 +14,7 @@ from mmstabvim.apis import trained
 from mmstabvim.layers import VisionMambaBlock
 from mmstabvim.layers.mixer_ranges import trace_mixer
 from mmstabvim.stability import local_jacobian_norm
+from mmstabvim.stability.weights.layers import find_layers, weight_parts
 
 
 def run(arguments, folder, *more):
@@ -53,19 +54,22 @@ def test_norms_and_stable_ranks(small, report):
     rows, facts = report
     _, _, model = load(small)
     logs = 0.0
-    for name, layer in model.named_modules():
-        if not isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-            continue
+    parts = {}
+    for name, layer in find_layers(model, ['*']).items():
+        parts |= weight_parts(name, layer, layer.weight.detach())
+    for name, part in parts.items():
         (row,) = pick(rows, name=name)
-        weight = layer.weight.detach().flatten(1).double()
+        if row['kind'] == 'DirectionalConv1d':
+            continue
+        weight = part.view().flatten(1).double()
         singular = torch.linalg.svdvals(weight)
         assert row['sigma'] == pytest.approx(float(singular[0]), rel=1e-6)
         rank = float(singular.square().sum() / singular[0].square())
         assert row['stable_rank'] == pytest.approx(rank, rel=1e-6)
         assert row['exact']
         logs += math.log10(row['sigma'])
-    for row in pick(rows, kind='Conv1d'):
-        taps = model.get_submodule(row['name']).weight.detach()[:, 0]
+    for row in pick(rows, kind='DirectionalConv1d'):
+        taps = parts[row['name']].view()
         sigma = float(torch.fft.fft(taps.double(), 4096).abs().max())
         assert row['sigma'] == pytest.approx(sigma, rel=1e-3)
         energy = float(taps.square().sum()) / row['sigma'] ** 2
