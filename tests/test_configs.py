@@ -324,7 +324,7 @@ def test_weight_decay_groups(name):
         'backbone.layers.1.norm.weight',
         'backbone.norm.weight',
         direction + 'D',
-        direction + 'conv1d.bias',
+        'backbone.layers.1.mixer.conv1d.bias',
         direction + 'dt_bias',
         'head.fc.bias',
     ):
@@ -333,7 +333,7 @@ def test_weight_decay_groups(name):
         'backbone.patch_embed.projection.weight',
         'backbone.layers.1.mixer.in_proj.weight',
         'backbone.layers.1.mixer.out_proj.weight',
-        direction + 'conv1d.weight',
+        'backbone.layers.1.mixer.conv1d.weight',
         direction + 'x_proj.weight',
         direction + 'dt_proj.weight',
         'head.fc.weight',

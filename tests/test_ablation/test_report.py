@@ -22,9 +22,7 @@ from mmstabvim.reporting import style, tables
 from mmstabvim.visualization import eigenvalue_figure
 
 STABILIZERS = ['none', 'sn', 'all']
-LAYERS = [
-    f'backbone.layers.{i}.mixer.directions.{d}' for i in (0, 1) for d in (0, 1)
-]
+LAYERS = [f'backbone.layers.{i}.mixer.ssm.{d}' for i in (0, 1) for d in (0, 1)]
 SCORES = {
     'none': {0: 90.0, 1: 92.0, 2: 94.0},
     'sn': {0: 91.0, 1: 94.0, 2: 97.0},
