@@ -1,4 +1,4 @@
-"""Where a report's model comes from: a checkpoint, or a work dir."""
+"""Source of a report's model: a checkpoint, or a work dir."""
 
 import math
 from collections.abc import Sequence

@@ -464,7 +464,7 @@ def some_rows(x: Tensor, most: int) -> Tensor:
 def _step_rows(
     real: Tensor, steps: dict[str, Tensor], d_inner: int
 ) -> dict[str, Tensor]:
-    """What follows from the eigenvalues' real parts and the step sizes."""
+    """Combine the eigenvalues' real parts with the step sizes."""
     real = real.repeat_interleave(d_inner // len(real), 0)
     low, high = real.amin(-1), real.amax(-1)  # (d_inner,)
     least, most = steps['min'], steps['max']

@@ -108,7 +108,7 @@ class StabilizerHook(AfterStepHook):
             install(_hooks(runner, 'reparam'), trained(matrices))
 
     def before_test(self, runner: Runner) -> None:
-        """As before validation."""
+        """Apply the rules of the forward pass, for a test."""
         self.before_val(runner)
 
     def act_on_average(self, runner: Runner, model: nn.Module) -> None:
@@ -143,7 +143,7 @@ class StabilizerHook(AfterStepHook):
             restore(state_matrices(averaged.module), average)
 
     def _acts_in(self, runner: Runner, mode: str) -> bool:
-        """Whether this hook is the one that acts for all of a mode."""
+        """Tell the hook that acts for all of a mode from the others."""
         ours = _hooks(runner, mode)
         return bool(ours) and ours[0] is self
 
