@@ -38,7 +38,7 @@ from mmstabvim.registry import MODELS
 from mmstabvim.stability.inputs import check_choice
 
 FIELD = 'robustness'
-"""Of a data sample: what the wrapper found."""
+"""Key of a data sample with the wrapper's findings."""
 
 CLEAN = dict(kind='clean', frequency=None, phase=None)
 

@@ -1,4 +1,4 @@
-"""What the tools that convert Vim checkpoints share.
+"""Shared parts of the tools that convert Vim checkpoints.
 
 It is here because an installed tool can import only from the package.
 """
@@ -95,7 +95,7 @@ def summarize(
     sizes: Mapping[str, Any],
     unused: Sequence[str],
 ) -> str:
-    """What was done, in lines."""
+    """Summarize a conversion, in lines."""
     lines = [f'{args.src} -> {args.dst}: {len(converted)} weights']
     lines.append(', '.join(f'{name}={size}' for name, size in sizes.items()))
     lines += [f'not used: {name}' for name in unused]

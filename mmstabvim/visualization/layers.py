@@ -17,7 +17,7 @@ from mmstabvim.reporting import style
 from mmstabvim.reporting.style import Rows, columns, select
 
 PAIR = ('#0072B2', '#D55E00')
-"""Of two series that are drawn over one another."""
+"""Styles of two series that are drawn over one another."""
 
 _COLUMNS = 4
 _BANDS = (('q05', 'q95', 0.13), ('q25', 'q75', 0.25))

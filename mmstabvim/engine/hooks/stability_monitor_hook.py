@@ -62,7 +62,7 @@ SUMMARY: dict[str, Callable[[list[float]], float]] = {
     'projected_share': max,
     'projection_distance': max,
 }
-"""What is logged as one number over all layers and directions, and how."""
+"""Values logged as one number over all directions, with its reduction."""
 
 
 @HOOKS.register_module()

@@ -16,7 +16,7 @@ class BlockLowRank(NamedTuple):
     U: Tensor
     """(groups, K b, r); r may be 0."""
     V: Tensor
-    """As ``U``."""
+    """Second factor, shape of ``U``."""
 
     def dense(self) -> Tensor:
         """Assemble the matrices, (groups, N, N), 1/step."""

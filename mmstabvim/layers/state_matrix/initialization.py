@@ -44,7 +44,7 @@ _MARGIN = 0.01
 Start = TypeVar('Start', bound=Callable[..., NamedTuple])
 
 PREFIX = 'ptd_'
-"""Of the options that are fields of ``Perturbation``."""
+"""Prefix of the options that are fields of ``Perturbation``."""
 
 
 def check_init(init: str, type: str) -> None:
@@ -256,7 +256,7 @@ def _perturbed_legs(size: int, ptd: Perturbation) -> PerturbedBasis:
 def _perturbed_blocks(
     size: int, block_size: int, ptd: Perturbation
 ) -> PerturbedBasis:
-    """As :func:`_perturbed_legs`, rotated, and E within the blocks."""
+    """Perturb the rotated HiPPO-LegS, with E within the blocks."""
     block = torch.ones(block_size, block_size)
     mask = torch.block_diag(*[block] * (size // block_size))
     dense = legs_normal_form(size).dense

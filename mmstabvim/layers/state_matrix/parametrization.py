@@ -39,7 +39,7 @@ class Obeying(NamedTuple, Generic[P]):
 
     params: P
     report: dict[str, Tensor]
-    """Of a projection of full matrices: ``projected_matrices``, ``blend`` and
+    """Details of a full projection: ``projected_matrices``, ``blend`` and
     ``fit_residual``, one value for each direction."""
 
 

@@ -47,12 +47,12 @@ _BISECTIONS = 14
 
 
 class Outcome(NamedTuple):
-    """What a projection did."""
+    """Result of a projection."""
 
     params: BlockLowRank
     """In the dtype that was asked for."""
     basis: Eigenbasis
-    """Of ``params``, in float64."""
+    """Eigenbasis of ``params``, in float64."""
     moved: Tensor
     """(groups,), bool: which matrices changed."""
     blend: Tensor
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a list of rules asks of block plus low-rank matrices.
+    """Bounds on block plus low-rank matrices.
 
     Args:
         ceiling (float): Largest real part of an eigenvalue, 1/step.
@@ -281,7 +281,7 @@ def _rho_max(rule: SpectralNormalization) -> Tensor:
 def _radius(
     params: BlockLowRank, basis: Eigenbasis, rule: SpectralNormalization
 ) -> Tensor:
-    """What the rule bounds: (groups, 1), or of K blocks and U V^T."""
+    """Compute the bounded radii: (groups, 1), or of K blocks and U V^T."""
     exact = rule.radius == 'exact'
     if rule.granularity != 'block':
         if exact:
@@ -546,7 +546,7 @@ def _spread(
 
 
 _SPREAD = 0.1
-"""How far the last diagonal entry is moved, relative to the norm of A."""
+"""Shift of the last diagonal entry, relative to the norm of A."""
 
 
 def _modulus(

@@ -68,7 +68,7 @@ def convert_foreign(
 
 
 def token_layout(model: Any) -> dict[str, Any]:
-    """What a ``state_dict`` does not tell about its position embedding."""
+    """Describe the tokens, which a ``state_dict`` does not tell."""
     return dict(cls_token=model.cls_token_place, grid=tuple(model.grid))
 
 

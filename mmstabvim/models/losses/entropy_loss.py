@@ -11,7 +11,7 @@ from mmstabvim.stability.sensitivity.regularization import entropy_penalty
 
 @MODELS.register_module()
 class EntropyLoss(InputLoss):
-    """How far the spectral entropy of a classifier's Jacobians is from full.
+    """Distance of the spectral entropy of a classifier's Jacobians from full.
 
     ``log(min(classes, size)) - H``, the mean over some images of each batch.
     It asks for singular values that are alike, not for small ones: beside a

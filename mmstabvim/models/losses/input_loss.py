@@ -1,4 +1,4 @@
-"""What losses on the answers to changed images have in common."""
+"""Base class of the losses on the response to perturbed images."""
 
 from collections.abc import Callable
 from typing import Any

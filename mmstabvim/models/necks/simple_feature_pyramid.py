@@ -141,7 +141,7 @@ def _scale(
     norm_cfg: dict[str, Any] | None,
     act_cfg: dict[str, Any],
 ) -> nn.Module:
-    """What brings a map from ``stride`` to the stride wanted."""
+    """Build the layers from ``stride`` to the stride wanted."""
     ratio = _ratio(stride, wanted)
     if ratio == 1:
         return nn.Identity()
