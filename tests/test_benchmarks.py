@@ -70,7 +70,7 @@ def test_rules_on_weights_are_timed_apart_from_the_step(monkeypatch):
     assert len(calls) == 1 + 3
     # the layers of the published model, each with its weight
     (hook,) = set(calls)
-    assert sum(len(group.layers) for group in hook._groups) == 8
+    assert sum(len(group.parts) for group in hook._groups) == 8
 
 
 def test_shares_of_the_step():
