@@ -49,6 +49,10 @@ _PUBLIC = {
 }
 
 _NEED_MMENGINE = (
+    'mmstabvim.ablation',
+    'mmstabvim.analysis',
+    'mmstabvim.apis',
+    'mmstabvim.building',
     'mmstabvim.compat',
     'mmstabvim.datasets',
     'mmstabvim.engine',

@@ -564,10 +564,11 @@ def test_ablation_trains(matrix, tmp_path):
     assert math.isfinite(scalars['train/decode.loss_ce'].current())
     assert math.isfinite(scalars['train/loss_stab'].current())
     found = state_matrices(runner.model)
-    assert len(found) == 8  # two directions in four blocks
+    assert len(found) == 4
     for one in found.values():
-        assert one.spectral_abscissa().max() <= -0.5 + 1e-6
-        assert one.spectral_radius().max() <= 1.1
+        values = one.eigenvalues()
+        assert values.real.max() <= -0.5 + 1e-6
+        assert values.abs().max() <= 1.1
 
 
 def test_starts_from_a_classifier(tmp_path):

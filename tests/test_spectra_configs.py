@@ -84,7 +84,7 @@ def test_the_models_start_as_their_names_say(variants):
         else:  # of Vim-tiny, one of whose layers is enough
             backbone['arch'] = dict(embed_dims=192, num_layers=1)
         torch.manual_seed(0)
-        first, _ = state_matrices(MODELS.build(backbone)).values()
+        (first,) = state_matrices(MODELS.build(backbone)).values()
         seen[variant] = first.eigenvalues().detach()[0]
         dense = first.dense().detach()[0]
         norms[variant] = torch.linalg.matrix_norm(dense, 2).item()

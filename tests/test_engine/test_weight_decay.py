@@ -6,7 +6,7 @@ weights do not.
 
 import pytest
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import init_default_scope
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmstabvim import VisionMamba
@@ -68,10 +68,10 @@ CONSTRUCTORS = {
 def test_only_matrices_decay(name):
     constructor, scope, paramwise = CONSTRUCTORS[name]
     pytest.importorskip(scope)
-    init_default_scope(scope)
     if scope == 'mmseg':
         import mmseg.engine  # noqa: F401
-    decay = build(constructor, **paramwise)
+    with DefaultScope.overwrite_default_scope(scope):
+        decay = build(constructor, **paramwise)
     for parameter, value in decay.items():
         flat = parameter.endswith(ONE_DIMENSIONAL)
         assert value == (0.0 if flat else DECAY), parameter

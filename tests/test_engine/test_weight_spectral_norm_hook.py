@@ -60,7 +60,7 @@ def test_norms_stay_bounded_where_training_alone_breaks_them(run):
     assert min(free.values()) > 0.52
     assert max(exact.values()) <= 0.5 * (1 + 2e-6)
     # from below, one step of power iteration for each large step
-    assert 0.5 * (1 + 1e-4) < max(estimate.values()) < 0.55
+    assert 0.5 * (1 + 1e-4) < max(estimate.values()) < 0.58
 
 
 def test_division_enlarges_too(run):
