@@ -11,18 +11,14 @@ from mmstabvim.reporting.style import Rows, columns, select
 
 
 class Quantity(NamedTuple):
-    """Content of a line of panels.
-
-    Attributes:
-        name (str): As in the rows; what follows ``' by '`` is the label of
-            the horizontal axis.
-        unit (str): Label of the vertical axis.
-        border (float | None): Where a line is drawn across.
-    """
+    """Content of a line of panels."""
 
     name: str
+    """Name in the rows; a part after ``' by '`` is the label of x."""
     unit: str
+    """Label of the vertical axis."""
     border: float | None = None
+    """Value at which a line is drawn across."""
 
 
 def draw_lines(
