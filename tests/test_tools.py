@@ -167,7 +167,7 @@ tester = load_tool('test')
 
 def run(tool, config, *args):
     """Run a tool; mmengine's global state wants a new name each time."""
-    name = f'experiment_name=run{next(_numbers)}'
+    name = f'experiment_name=command{next(_numbers)}'
     tool.main([str(config), *map(str, args), '--cfg-options', name])
 
 

@@ -83,7 +83,7 @@ class Run:
             val_cfg={},
             val_evaluator=Evaluator([Count()]),
         )
-        name = f'run{next(COUNTER)}'
+        name = f'norms{next(COUNTER)}'
         return Runner(
             self.model(),
             self.work_dir,

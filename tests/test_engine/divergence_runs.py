@@ -73,7 +73,7 @@ def make_runner(folder, *hooks, epochs=None, iters=10, model=None, **options):
         custom_hooks=list(hooks),
         log_level='ERROR',
         # runs within one second would share their history
-        experiment_name=f'run{next(COUNTER)}',
+        experiment_name=f'divergence{next(COUNTER)}',
         randomness=dict(seed=1),
     )
     return Runner(**{**config, **options})
